@@ -1,0 +1,29 @@
+"""`megacode COMMAND`: a table of the tools."""
+
+import sys
+
+import typer
+
+from megacode.errors import UserError
+from megacode.tools import convert, demo, generate, prepare, tokenizer
+
+app = typer.Typer(
+    help="megacode: train code language models of the Code Llama family.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(prepare.prepare)
+app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(convert.app, name="convert")
+app.command()(generate.generate)
+app.command()(demo.demo)
+
+
+def main() -> None:
+    """The entry point. A user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,91 @@
+"""The DeepSpeed configuration: a file from ds_configs/ for what is DeepSpeed's own, the recipe for everything else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megacode.errors import UserError
+from megacode.recipe import Recipe
+
+RECIPE_OWNS = {
+    "train_batch_size": "batch.global_samples",
+    "train_micro_batch_size_per_gpu": "batch.micro_samples",
+    "gradient_accumulation_steps": "batch.global_samples",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "precision",
+    "fp16": "precision",
+    "data_types": "precision",
+}
+"""Top-level keys of DeepSpeed that a recipe decides, and where it does."""
+
+EVERYTHING = 10**13
+"""More elements than any rank holds."""
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """What DeepSpeed is given.
+
+    gradient_accumulation_steps is 1 whatever the number of micro-batches: the engine would divide every stage's
+    gradients by it, and the loss is already scaled by the valid tokens of the whole step.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or says something that the recipe decides differently.
+    """
+    config = _read(recipe.deepspeed_config) if recipe.deepspeed_config else {}
+    zero = config.setdefault("zero_optimization", {})
+    _check(recipe, config, zero)
+    for key in RECIPE_OWNS:
+        config.pop(key, None)
+    zero["stage"] = recipe.parallel.zero
+    config["train_micro_batch_size_per_gpu"] = recipe.batch.micro_samples
+    config["gradient_accumulation_steps"] = 1
+    config["gradient_clipping"] = recipe.optimizer.clip
+    if recipe.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        if recipe.parallel.reduce_policy == "microbatch":
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if recipe.parallel.zero == 3:
+        # Kept until the step's last use, or released after each use; `auto` leaves the choice to the recipe.
+        reuse = EVERYTHING if recipe.parallel.gather_policy == "step" else 0
+        _fill(zero, "stage3_max_reuse_distance", reuse)
+        _fill(zero, "stage3_max_live_parameters", EVERYTHING)
+        _fill(zero, "stage3_param_persistence_threshold", 0)
+        zero.setdefault("stage3_prefetch_bucket_size", 50_000_000)
+        zero.setdefault("memory_efficient_linear", False)  # it would replace F.linear for the whole process
+    zero.setdefault("reduce_bucket_size", 50_000_000)
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)  # its CPU Adam would be compiled at start
+    config.setdefault("steps_per_print", None)
+    return config
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"deepspeed_config: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"deepspeed_config: {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"deepspeed_config: {path} must hold a JSON object")
+    return config
+
+
+def _check(recipe: Recipe, config: dict[str, Any], zero: dict[str, Any]) -> None:
+    path = recipe.deepspeed_config
+    stage = zero.get("stage", "auto")
+    if stage not in ("auto", recipe.parallel.zero):
+        raise UserError(
+            f"{path}: zero_optimization.stage is {stage} and the recipe's parallel.zero is {recipe.parallel.zero}; "
+            f"make them equal"
+        )
+    for key, owner in RECIPE_OWNS.items():
+        if config.get(key, "auto") != "auto":
+            raise UserError(f"{path}: {key} is decided by the recipe's {owner}; remove it from the file or say auto")
+
+
+def _fill(section: dict[str, Any], key: str, value: int) -> None:
+    if section.get(key, "auto") == "auto":
+        section[key] = value

@@ -1,0 +1,243 @@
+"""Every private name of DeepSpeed that megacode touches, and the cures for running a pipeline over its ZeRO engines.
+
+Each function is one cure; tests/dist/test_traps.py shows for each what goes wrong without it. The names belong to
+DeepSpeed 0.19.8: `check_version` refuses another, since a name that moved would give wrong gradients, not an error.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megacode.errors import UserError
+
+VERSION = "0.19.8"
+ADAM_STATES = ("exp_avg", "exp_avg_sq")
+
+
+def check_version() -> None:
+    """Refuse a DeepSpeed whose private names were not checked."""
+    if deepspeed.__version__.split("+")[0] != VERSION:
+        raise UserError(
+            f"deepspeed {deepspeed.__version__} is installed and megacode works with {VERSION} only; "
+            f"pip install deepspeed=={VERSION}"
+        )
+
+
+def skip_shared_memory_op() -> None:
+    """On the CPU DeepSpeed compiles a shared-memory op at start: 25-40 s, and a killed build hangs the next start.
+
+    `import deepspeed.comm.torch as x` would give torch itself (the package has an attribute of that name).
+    """
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def check_traces_within(group: ProcessGroup) -> None:
+    """ZeRO-3 compares its module trace with rank 0 of the WORLD: stages differ by design, so it would hang there.
+
+    The numbers are compared from their smallest on: ids are counted through a process's life, and ranks that held other
+    stages of an earlier engine start elsewhere.
+    """
+
+    def assert_same(ints: Iterable[int]) -> None:
+        ints = list(ints)
+        seen: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(seen, [i - min(ints) for i in ints], group=group)
+        assert all(other == seen[0] for other in seen), "ranks of one stage recorded different module orders"
+
+    for module in (partitioned_param_coordinator, partition_parameters, stage3):
+        module.assert_ints_same_as_other_ranks = assert_same
+
+
+def mark_norm_owner(parameter: nn.Parameter, owned: bool) -> None:
+    """The norm counts a parameter on model-parallel rank 0 only, unless it is marked: mark exactly one copy of each.
+
+    Without it the norm, and with it clipping, leaves out all stages but the first.
+    """
+    if owned:
+        parameter.model_parallel = True  # type: ignore[attr-defined]
+
+
+def start_backward(zero: Any) -> None:
+    """Tell the optimizer that a new backward begins: it else learns so from a forward only.
+
+    Two backwards in a row (1F1B's cool-down) would overwrite the first's gradients, and the second's end-of-backward
+    work would not be queued.
+    """
+    zero.clear_backward_seen_flag()
+
+
+def own_the_trace(zero: Any) -> None:
+    """ZeRO-3: record one trace of the whole step instead of one a forward, which 1F1B's order breaks every time."""
+    zero.parameter_offload.fwd_pre_hook.remove()
+
+
+def start_trace(zero: Any) -> None:
+    """ZeRO-3: a pass over the modules in the recorded order begins."""
+    zero.parameter_offload.get_param_coordinator().reset_step()
+
+
+def keep_leftovers(zero: Any) -> Callable[[], None]:
+    """ZeRO-3 releases leftovers after every backward, against the trace; returns the release, to call once a step."""
+    release: Callable[[], None] = zero.parameter_offload.release_backward_leftovers
+    zero.parameter_offload.release_backward_leftovers = lambda: None
+    return release
+
+
+def clear_partitions(zero: Any) -> None:
+    """ZeRO-3, reducing every micro-batch: start the step with empty gradient partitions, and add from the start.
+
+    It copies on the first backward of a step and adds afterwards; an interleaved chunk whose first backward comes later
+    would add onto the last step's gradients.
+    """
+    zero.grad_partitions_flat_buffer.zero_()
+    zero.micro_step_id = 1
+
+
+@contextmanager
+def validation_trace(zero: Any) -> Any:
+    """ZeRO-3: a validation's order of modules differs; it gets a coordinator, and so a trace, of its own."""
+    offload = zero.parameter_offload
+    training = offload.param_coordinator
+    if not hasattr(offload, "megacode_validation_coordinator"):
+        offload.megacode_validation_coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator(
+            prefetch_bucket_sz=offload._prefetch_bucket_sz,
+            max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+            max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
+            allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
+            inflight_param_registry=offload._DeepSpeedZeRoOffload__inflight_param_registry,
+        )
+    offload.param_coordinator = offload.megacode_validation_coordinator
+    try:
+        start_trace(zero)
+        yield
+    finally:
+        offload.param_coordinator.release_and_reset_all(offload.module)
+        offload.param_coordinator = training
+
+
+class Fp32Gradients:
+    """Accumulates gradients over micro-batches in fp32, where DeepSpeed would in bf16 (coalesced reduction).
+
+    A hook adds each gradient to an fp32 buffer and clears it; `hand_over`, before the reduction, gives the sums back
+    with one rounding. Costs 4 bytes per parameter of the rank's chunks.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.sums: dict[nn.Parameter, Tensor] = {}
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._add)
+
+    def _add(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        if parameter in self.sums:
+            self.sums[parameter].add_(parameter.grad)
+        else:
+            self.sums[parameter] = parameter.grad.float()
+        parameter.grad = None
+
+    def hand_over(self) -> None:
+        """Put the sums into `.grad`, rounded to the parameter's dtype, and forget them."""
+        for parameter, total in self.sums.items():
+            data = parameter.data
+            if data.shape != total.shape:  # released by ZeRO-3: lend it a shape, `.grad` must match it
+                parameter.data = torch.zeros(1, dtype=data.dtype, device=data.device).expand(total.shape)
+            parameter.grad = total.to(data.dtype)
+            parameter.data = data
+        self.sums.clear()
+
+
+def masters(zero: Any) -> list[Tensor]:
+    """The flat fp32 tensors that the wrapped torch optimizer updates."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        return list(zero.fp32_partitioned_groups_flat)
+    return list(zero.single_partition_of_fp32_groups)
+
+
+def create_adam_state(zero: Any, step: int) -> None:
+    """Make Adam's state, zero, with its step count. DeepSpeed restores moments by name but never the count."""
+    fused = any(group.get("fused") for group in zero.optimizer.param_groups)
+    for master in masters(zero):
+        count = torch.tensor(float(step), device=master.device if fused else "cpu")
+        zero.optimizer.state[master] = {"step": count, **{key: torch.zeros_like(master) for key in ADAM_STATES}}
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def adam_step(zero: Any) -> int:
+    """Adam's step count."""
+    return int(zero.optimizer.state[masters(zero)[0]]["step"])
+
+
+def write(parameter: nn.Parameter, value: Tensor, key: str = "weight") -> None:
+    """Set a parameter (master and training copy) or one of its Adam states from the whole local fp32 tensor.
+
+    Local: each data rank passes the same value and keeps its part.
+    """
+    if hasattr(parameter, "ds_id"):
+        _write_zero3(parameter, value, key)
+    elif key == "weight":
+        safe_set_full_fp32_param(parameter, value)
+        parameter.data.copy_(value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _write_zero3(parameter: Any, value: Tensor, key: str) -> None:
+    size = parameter.ds_tensor.ds_numel
+    rank = parameter.ds_process_group.rank()
+    # DeepSpeed's own setter fails where the last partition is padded.
+    padded = nn.functional.pad(value.flatten(), (0, size * parameter.ds_process_group.size() - value.numel()))
+    mine = padded.narrow(0, size * rank, size)
+    if key != "weight":
+        safe_set_local_optimizer_state(parameter, mine, key)
+        return
+    safe_set_local_fp32_param(parameter, mine)
+    parameter.ds_tensor.data.copy_(mine)
+    if parameter.ds_status == partition_parameters.ZeroParamStatus.AVAILABLE:
+        parameter.data.copy_(value)
+
+
+def read(parameter: nn.Parameter, key: str = "weight") -> Tensor:
+    """The whole local fp32 tensor of a parameter or an Adam state. Collective over the data ranks."""
+    if key == "weight":
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, key)
+
+
+def read_gradient(parameter: nn.Parameter) -> Tensor:
+    """The whole local reduced gradient, between a schedule and the optimizer's step. Collective over the data ranks."""
+    gradient = safe_get_full_grad(parameter)
+    assert gradient is not None
+    return gradient
+
+
+def num_gathers(zero: Any, count: Callable[[Any], None]) -> None:
+    """Call `count(parameter)` for every parameter that a ZeRO-3 gather fetches from now on (for tests and benches)."""
+    coordinator_class = partitioned_param_coordinator.PartitionedParameterCoordinator
+    name = "_PartitionedParameterCoordinator__all_gather_params_"
+    gather = getattr(coordinator_class, name)
+
+    def counted(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        for parameter in params:
+            count(parameter)
+        return gather(self, params, *args, **kwargs)
+
+    setattr(coordinator_class, name, counted)

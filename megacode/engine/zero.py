@@ -1,0 +1,182 @@
+"""One plain DeepSpeedEngine per pipeline rank, holding all of that rank's chunks, under our own schedule.
+
+DeepSpeed's PipelineEngine refuses ZeRO-2 and 3. A plain engine does not know that it is one stage of several; what that
+needs is in `private`, one function a cure.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from megacode.engine import private
+from megacode.engine.config import deepspeed_config
+from megacode.model.layers import part_of
+from megacode.parallel.build import build_chunks
+from megacode.parallel.mesh import Mesh
+from megacode.parallel.pipeline import MicroBatch, Pipeline
+from megacode.plan import Layout
+from megacode.recipe import OptimizerSection, Recipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def start_deepspeed() -> None:
+    """Let DeepSpeed find the initialised torch.distributed. Once a process, before any engine."""
+    private.check_version()
+    private.skip_shared_memory_op()
+    deepspeed.init_distributed(verbose=False)
+
+
+class ZeroEngine:
+    """This rank's chunks with their optimizer: forward and backward of a step, its update, and access by name."""
+
+    def __init__(self, recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device) -> None:
+        dtype = DTYPES[recipe.precision]
+        parallel, config = recipe.parallel, deepspeed_config(recipe)
+        with _construction(parallel.zero, mesh, device, dtype, config):
+            chunks = build_chunks(recipe.model, layout, mesh, device, dtype)
+        self.parameters = dict(chunks.global_parameters())
+        for parameter in self.parameters.values():
+            private.mark_norm_owner(parameter, part_of(parameter).dim is not None or mesh.tensor_rank == 0)
+        private.check_traces_within(mesh.data_group)
+        optimizer = adam(self.parameters.values(), recipe.optimizer, device)
+        self.engine, self.zero, _, _ = deepspeed.initialize(
+            model=chunks, optimizer=optimizer, config=config, mpu=mesh.mpu
+        )
+        private.create_adam_state(self.zero, step=0)
+        self.zero3, self.reduce_once = parallel.zero == 3, parallel.reduce_policy == "step"
+        self.clear_partitions = self.zero3 and not self.reduce_once and layout.virtual_stages > 1
+        self._release_leftovers: Callable[[], None] = lambda: None
+        if self.zero3:
+            private.own_the_trace(self.zero)
+            if parallel.gather_policy == "step":
+                self._release_leftovers = private.keep_leftovers(self.zero)
+        accumulate = self.reduce_once and recipe.precision == "bf16"
+        self._fp32_gradients = private.Fp32Gradients(self.parameters.values()) if accumulate else None
+        self.pipeline = Pipeline(mesh, layout.virtual_stages, recipe.model.hidden, dtype, device)
+
+    def train_step(self, batches: list[MicroBatch], loss_scale: Tensor | float) -> Tensor:
+        """Forward and backward of a step's micro-batches; gradients are reduced over the data ranks, not yet applied.
+
+        Args:
+            batches: this data rank's micro-batches.
+            loss_scale: multiplies the summed negative log-likelihood before backward. DeepSpeed averages gradients over
+                the data ranks, so for the mean over the step's valid tokens it is data ranks / valid tokens.
+
+        Returns:
+            The unscaled sum of negative log-likelihoods of this data rank; zero on ranks without the last stage.
+        """
+        with self._step():
+            return self.pipeline.train(batches, loss_scale, self._forward, self._backward)
+
+    def evaluate(self, batches: list[MicroBatch]) -> Tensor:
+        """The summed negative log-likelihood of the micro-batches; zero on ranks without the last stage."""
+        with private.validation_trace(self.zero) if self.zero3 else nullcontext():
+            return self.pipeline.evaluate(batches, self._forward)
+
+    def update(self, learning_rate: float) -> float:
+        """Clip and apply the optimizer's step; returns the gradient norm over the whole model, before clipping."""
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def _forward(self, chunk: int, x: Tensor, batch: MicroBatch, last_stage: bool) -> Tensor:
+        return self.engine(chunk, x, batch.positions, batch.cu_seqlens, batch.labels if last_stage else None)
+
+    def _backward(self, scalar: Tensor, last: bool) -> None:
+        if not self.reduce_once:
+            self.engine.set_gradient_accumulation_boundary(last)
+        private.start_backward(self.zero)
+        self.engine.backward(scalar)
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        if self.zero3:
+            private.start_trace(self.zero)
+            if self.clear_partitions:
+                private.clear_partitions(self.zero)
+        with self.engine.coalesce_grad_reduction() if self.reduce_once else nullcontext():
+            yield
+            if self._fp32_gradients is not None:
+                self._fp32_gradients.hand_over()
+        self._release_leftovers()
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Set Adam's step count and empty its moments."""
+        private.create_adam_state(self.zero, step)
+
+    @property
+    def optimizer_step(self) -> int:
+        """Adam's step count."""
+        return private.adam_step(self.zero)
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor, key: str = "weight") -> None:
+        """Set a parameter (key "weight") or an Adam state ("exp_avg", "exp_avg_sq").
+
+        Args:
+            name: the parameter's global name, one of `parameters`.
+            value: this tensor rank's part of it, fp32, without padding (padding becomes zero).
+        """
+        parameter = self.parameters[name]
+        local = torch.zeros(local_shape(parameter), dtype=torch.float32, device=value.device)
+        part_of(parameter).strip(local).copy_(value)
+        private.write(parameter, local, key)
+
+    @torch.no_grad()
+    def read(self, name: str, key: str = "weight") -> Tensor:
+        """This tensor rank's part of a parameter, an Adam state or (key "gradient") the reduced gradient; no padding.
+
+        Collective over the data ranks; the gradient is there between `train_step` and `update`.
+        """
+        parameter = self.parameters[name]
+        value = private.read_gradient(parameter) if key == "gradient" else private.read(parameter, key)
+        return part_of(parameter).strip(value)
+
+
+def local_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape that this rank's tensor has, padding included, also while ZeRO-3 has it sharded."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def adam(parameters: Iterable[nn.Parameter], section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
+    """torch's AdamW; norms do not decay. DeepSpeed's own would have to be compiled."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if part_of(p).std > 0], "weight_decay": section.weight_decay},
+        {"params": [p for p in parameters if part_of(p).std == 0], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=section.learning_rate,
+        betas=(section.beta1, section.beta2),
+        eps=section.epsilon,
+        fused=device.type == "cuda",
+    )
+
+
+@contextmanager
+def _construction(
+    zero: int, mesh: Mesh, device: torch.device, dtype: torch.dtype, config: dict[str, Any]
+) -> Iterator[None]:
+    """Build modules on the device in the model's dtype; under ZeRO-3 each parameter is sharded as soon as it exists.
+
+    zero.Init's default group is the world: parameters of different stages would be mixed. Its dtype argument means bf16
+    on a CPU whatever one passes; left out, the configuration decides.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    init = deepspeed.zero.Init(
+        data_parallel_group=mesh.data_group, config_dict_or_path=config, mpu=mesh.mpu, enabled=zero == 3
+    )
+    try:
+        with torch.device(device), init:
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,175 @@
+"""What a Llama block is made of: the `Layers` protocol, and its one-process default in plain torch.
+
+A model asks a `Layers` for its parts and never learns how many ranks share them. Every parameter describes itself by a
+`Slice`, so that checkpoints, initialisation and norms need no table of the model.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megacode.kernels import dispatch
+
+IGNORE = -100
+"""Label of a position without loss."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which part of a global parameter a rank holds: `start:stop` along `dim`, or all of it.
+
+    The local tensor may be longer than `stop - start` along `dim`: the rest is padding, zero for ever.
+    """
+
+    shape: tuple[int, ...]
+    """Shape of the whole, unpadded parameter."""
+    std: float
+    """Standard deviation of the initial values; 0 stands for a norm's ones."""
+    dim: int | None = None
+    """The split dimension; None: every tensor rank holds the same whole parameter."""
+    start: int = 0
+    stop: int = 0
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This rank's part of the whole parameter, without padding."""
+        return whole if self.dim is None else whole.narrow(self.dim, self.start, self.stop - self.start)
+
+    def strip(self, local: Tensor) -> Tensor:
+        """The local tensor without its padding."""
+        return local if self.dim is None else local.narrow(self.dim, 0, self.stop - self.start)
+
+
+def describe(parameter: nn.Parameter, part: Slice) -> nn.Parameter:
+    """Attach its `Slice` to a parameter."""
+    parameter.part = part  # type: ignore[attr-defined]
+    return parameter
+
+
+def part_of(parameter: nn.Parameter) -> Slice:
+    """The `Slice` that a parameter carries."""
+    part = parameter.part  # type: ignore[attr-defined]
+    assert isinstance(part, Slice)
+    return part
+
+
+def initial_values(name: str, part: Slice, seed: int) -> Tensor:
+    """The whole initial parameter, fp32: a function of seed and global name, the same for every layout."""
+    if part.std == 0:
+        return torch.ones(part.shape)
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    return torch.empty(part.shape).normal_(0.0, part.std, generator=generator)
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019): fp32 statistics, cast back, then the weight."""
+
+    def __init__(self, hidden: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = describe(nn.Parameter(torch.empty(hidden)), Slice((hidden,), 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]"""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+class Linear(nn.Module):
+    """A bias-free linear map, or the part of one that `part` describes."""
+
+    def __init__(self, local_out: int, local_in: int, part: Slice) -> None:
+        super().__init__()
+        self.weight = describe(nn.Parameter(torch.empty(local_out, local_in)), part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        return F.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """Token ids to rows of the table."""
+
+    def __init__(self, rows: int, hidden: int, part: Slice) -> None:
+        super().__init__()
+        self.weight = describe(nn.Parameter(torch.empty(rows, hidden)), part)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[batch, sequence] -> [batch, sequence, hidden]"""
+        return F.embedding(tokens, self.weight)
+
+
+class Layers(Protocol):
+    """The parts of a block, for one way of sharing it among ranks."""
+
+    tensor_ranks: int
+    """How many ranks share the heads and the feed-forward width."""
+    rope: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    """(q, k, positions, theta) -> rotated q, k; half-split pairs as in HF."""
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    """Causal attention core: q [batch, sequence, heads, head_dim], k and v with kv_heads, cu_seqlens -> as q."""
+
+    def embedding(self, rows: int, hidden: int, std: float) -> nn.Module:
+        """Token ids [batch, sequence] -> [batch, sequence, hidden]."""
+        ...
+
+    def column(self, inputs: int, outputs: int, std: float) -> nn.Module:
+        """A linear map whose outputs are split; its input has gone through `enter`."""
+        ...
+
+    def row(self, inputs: int, outputs: int, std: float) -> nn.Module:
+        """A linear map whose inputs are split; returns the whole sum."""
+        ...
+
+    def head(self, hidden: int, rows: int, std: float) -> nn.Module:
+        """Hidden states that have gone through `enter` -> this rank's logits, padding left out."""
+        ...
+
+    def norm(self, hidden: int, epsilon: float) -> nn.Module:
+        """RMSNorm over the hidden dimension."""
+        ...
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Marks where the residual stream goes into split linear maps; its backward sums their gradients."""
+        ...
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the negative log-likelihoods over labels that are not IGNORE: fp32 scalar, the same on every rank."""
+        ...
+
+
+class PlainLayers:
+    """`Layers` of one process: nothing is split."""
+
+    tensor_ranks = 1
+
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        device = torch.device(device)
+        self.rope = dispatch.choose("rope", device=device, dtype=dtype).function
+        self.attention = dispatch.choose("attention", device=device, dtype=dtype).function
+
+    def embedding(self, rows: int, hidden: int, std: float) -> nn.Module:
+        return Embedding(rows, hidden, Slice((rows, hidden), std))
+
+    def column(self, inputs: int, outputs: int, std: float) -> nn.Module:
+        return Linear(outputs, inputs, Slice((outputs, inputs), std))
+
+    row = column
+
+    def head(self, hidden: int, rows: int, std: float) -> nn.Module:
+        return Linear(rows, hidden, Slice((rows, hidden), std))
+
+    def norm(self, hidden: int, epsilon: float) -> nn.Module:
+        return Norm(hidden, epsilon)
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")

@@ -1,0 +1,142 @@
+"""The transformer of Code Llama (Roziere et al. 2023, section 2; Touvron et al. 2023), or one chunk of it.
+
+Module names are those of transformers' LlamaForCausalLM: a parameter's name here is its name in every checkpoint.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megacode.model.layers import Layers, PlainLayers, initial_values, part_of
+from megacode.recipe import ModelSection
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; fewer kv_heads than heads make it grouped-query attention."""
+
+    def __init__(self, config: ModelSection, layers: Layers) -> None:
+        super().__init__()
+        self.layers, self.head_dim, self.theta = layers, config.head_dim, config.rope_theta
+        kv_width = config.kv_heads * config.head_dim
+        self.q_proj = layers.column(config.hidden, config.hidden, config.init_std)
+        self.k_proj = layers.column(config.hidden, kv_width, config.init_std)
+        self.v_proj = layers.column(config.hidden, kv_width, config.init_std)
+        self.o_proj = layers.row(config.hidden, config.hidden, config.init_std)
+
+    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """[batch, sequence, hidden] -> the same"""
+        x = self.layers.enter(x)
+        # [batch, sequence, this rank's heads or kv_heads, head_dim]
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.layers.rope(q, k, positions, self.theta)
+        return self.o_proj(self.layers.attention(q, k, v, cu_seqlens).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelSection, layers: Layers) -> None:
+        super().__init__()
+        self.layers = layers
+        self.gate_proj = layers.column(config.hidden, config.ffn, config.init_std)
+        self.up_proj = layers.column(config.hidden, config.ffn, config.init_std)
+        self.down_proj = layers.row(config.ffn, config.hidden, config.init_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, sequence, hidden] -> the same"""
+        x = self.layers.enter(x)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelSection, layers: Layers) -> None:
+        super().__init__()
+        self.input_layernorm = layers.norm(config.hidden, config.norm_epsilon)
+        self.self_attn = Attention(config, layers)
+        self.post_attention_layernorm = layers.norm(config.hidden, config.norm_epsilon)
+        self.mlp = MLP(config, layers)
+
+    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """[batch, sequence, hidden] -> the same"""
+        x = x + self.self_attn(self.input_layernorm(x), positions, cu_seqlens)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and last norm, as far as this chunk holds them."""
+
+    def __init__(self, config: ModelSection, layers: Layers, blocks: Sequence[int], first: bool, last: bool) -> None:
+        super().__init__()
+        assert config.vocabulary is not None
+        self.embed_tokens = layers.embedding(config.vocabulary, config.hidden, config.init_std) if first else None
+        self.layers = nn.ModuleDict({str(i): Block(config, layers) for i in blocks})
+        self.norm = layers.norm(config.hidden, config.norm_epsilon) if last else None
+
+    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Token ids or [batch, sequence, hidden] -> [batch, sequence, hidden]"""
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
+        for block in self.layers.values():
+            x = block(x, positions, cu_seqlens)
+        return x if self.norm is None else self.norm(x)
+
+
+class Llama(nn.Module):
+    """The whole model, or the chunk of it with the given blocks, with the embedding if `first`, the head if `last`.
+
+    Weights are left uninitialised: `initialise`, or a checkpoint, fills them by name.
+    """
+
+    def __init__(
+        self,
+        config: ModelSection,
+        layers: Layers | None = None,
+        blocks: Sequence[int] | None = None,
+        first: bool = True,
+        last: bool = True,
+    ) -> None:
+        super().__init__()
+        assert config.vocabulary is not None, "the vocabulary is filled in from the tokenizer before a model is built"
+        self.parts = layers or PlainLayers()
+        self.model = Backbone(config, self.parts, range(config.layers) if blocks is None else blocks, first, last)
+        self.lm_head = self.parts.head(config.hidden, config.vocabulary, config.init_std) if last else None
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """One chunk's forward.
+
+        Args:
+            x: token ids [batch, sequence] for the first chunk, else hidden states [batch, sequence, hidden].
+            positions: rotary positions [batch, sequence].
+            cu_seqlens: int32 [segments + 1] bounds of the segments that attention stays inside of, over the flattened
+                batch * sequence; None: each sequence is one segment.
+            labels: [batch, sequence] of the last chunk; IGNORE has no loss.
+
+        Returns:
+            Hidden states, for all chunks but the last; of the last, the summed negative log-likelihood if there are
+            labels (fp32 scalar), else this rank's logits [batch, sequence, vocabulary].
+        """
+        x = self.model(x, positions, cu_seqlens)
+        if self.lm_head is None:
+            return x
+        logits = self.lm_head(self.parts.enter(x))
+        return logits if labels is None else self.parts.loss(logits, labels)
+
+
+@torch.no_grad()
+def initialise(model: Llama, seed: int) -> Llama:
+    """Fill a whole, one-process model with the initial weights of a seed: those of every layout."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_values(name, part_of(parameter), seed))
+    return model
+
+
+def num_parameters(config: ModelSection) -> int:
+    """Parameters of the whole model, counted on the meta device."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Llama(config).parameters())

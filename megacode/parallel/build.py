@@ -1,0 +1,44 @@
+"""Recipe + mesh -> this rank's chunks of the model."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megacode.model.layers import Layers, PlainLayers
+from megacode.model.llama import Llama
+from megacode.parallel.mesh import Mesh
+from megacode.parallel.tensor import TensorLayers
+from megacode.plan import Layout
+from megacode.recipe import ModelSection
+
+
+class Chunks(nn.Module):
+    """The chunks of one pipeline rank, as the one module that its engine holds."""
+
+    def __init__(self, chunks: list[Llama]) -> None:
+        super().__init__()
+        self.chunks = nn.ModuleList(chunks)
+
+    def forward(
+        self, chunk: int, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        """See Llama.forward."""
+        return self.chunks[chunk](x, positions, cu_seqlens, labels)
+
+    def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(global name, parameter) of all chunks."""
+        for chunk in self.chunks:
+            yield from chunk.named_parameters()
+
+
+def build_chunks(config: ModelSection, layout: Layout, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Chunks:
+    """This rank's chunks, weights uninitialised. The caller sets default device and dtype, or zero.Init, around it."""
+    layers: Layers = TensorLayers(mesh, device, dtype) if mesh.tensor > 1 else PlainLayers(device, dtype)
+    num_stages = len(layout.stages)
+    return Chunks(
+        [
+            Llama(config, layers, layout.stages[stage], first=stage == 0, last=stage == num_stages - 1)
+            for stage in range(mesh.pipeline_rank, num_stages, mesh.pipeline)
+        ]
+    )

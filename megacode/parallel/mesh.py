@@ -1,0 +1,126 @@
+"""The grid of ranks and its process groups. A Mesh is passed to whoever needs it: there is no global state."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the grid [pipeline, data, context, tensor] (tensor fastest), and its groups.
+
+    `data_group` is data x context: the ranks that ZeRO shards over and that gradients are summed over.
+    """
+
+    rank: int
+    pipeline: int
+    data: int
+    context: int
+    tensor: int
+    pipeline_rank: int
+    data_rank: int
+    context_rank: int
+    tensor_rank: int
+    pipeline_group: ProcessGroup
+    data_group: ProcessGroup
+    tensor_group: ProcessGroup
+    model_group: ProcessGroup
+    """pipeline x tensor: the ranks that together hold one replica of the model."""
+    control_group: ProcessGroup
+    """All ranks, on gloo: for objects and barriers that must not wait for a device."""
+
+    @property
+    def zero_rank(self) -> int:
+        """Rank within `data_group`."""
+        return self.data_rank * self.context + self.context_rank
+
+    @property
+    def zero_size(self) -> int:
+        """Size of `data_group`."""
+        return self.data * self.context
+
+    def stage_rank(self, pipeline_rank: int) -> int:
+        """The global rank at another pipeline rank and otherwise this rank's place."""
+        place = self.data_rank * self.context + self.context_rank
+        return ((pipeline_rank % self.pipeline) * self.data * self.context + place) * self.tensor + self.tensor_rank
+
+    @property
+    def mpu(self) -> "DeepSpeedView":
+        """The mesh as DeepSpeed asks for it."""
+        return DeepSpeedView(self)
+
+
+def build_mesh(pipeline: int, data: int, tensor: int, context: int = 1, timeout_seconds: float = 600) -> Mesh:
+    """Make the groups of all axes. Collective: every rank calls it, with the same sizes."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    assert pipeline * data * context * tensor == world, "the plan checks the world size before this"
+    grid = torch.arange(world).view(pipeline, data, context, tensor)
+    pp, dp, cp, tp = (int(index) for index in (grid == rank).nonzero()[0])
+    timeout = timedelta(seconds=timeout_seconds)
+
+    def group(order: tuple[int, ...], size: int) -> ProcessGroup:
+        """Ranks of consecutive `size` in the permuted grid; every rank creates every group, in the same order."""
+        mine = None
+        for ranks in grid.permute(*order).reshape(-1, size).tolist():
+            made = dist.new_group(ranks, timeout=timeout)
+            if rank in ranks:
+                mine = made
+        assert mine is not None
+        return mine
+
+    return Mesh(
+        rank, pipeline, data, context, tensor, pp, dp, cp, tp,
+        pipeline_group=group((1, 2, 3, 0), pipeline),
+        data_group=group((0, 3, 1, 2), data * context),
+        tensor_group=group((0, 1, 2, 3), tensor),
+        model_group=group((1, 2, 0, 3), pipeline * tensor),
+        control_group=dist.new_group(list(range(world)), backend="gloo", timeout=timeout),
+    )  # fmt: skip
+
+
+class DeepSpeedView:
+    """The `mpu` that DeepSpeed is shown.
+
+    Its model-parallel group is the whole pipeline x tensor block of a replica, so that norms and overflows cover the
+    whole model; its data-parallel group is data x context. It has no sequence-parallel method on purpose: ZeRO-3 takes
+    the data-parallel group for its partitions and would then reduce over too few ranks, without an error.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.pipeline_rank * self._mesh.tensor + self._mesh.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.pipeline * self._mesh.tensor
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        return self._mesh.model_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.zero_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.zero_size
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self._mesh.data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self._mesh.data_group)
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self._mesh.pipeline_rank
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self._mesh.pipeline
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._mesh.tensor_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._mesh.tensor

@@ -1,0 +1,172 @@
+"""Runs a schedule: receives, forward or backward, sends."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacode.parallel.mesh import Mesh
+from megacode.parallel.schedule import Operation, forwards_only, one_f_one_b
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward needs, on this rank's device. Every stage reads it itself: only hidden states travel."""
+
+    tokens: Tensor
+    """[batch, sequence] int64"""
+    labels: Tensor
+    """[batch, sequence] int64, IGNORE where there is no loss"""
+    positions: Tensor
+    """[batch, sequence] int64"""
+    cu_seqlens: Tensor | None
+    """int32 [segments + 1] over the flattened batch * sequence; None: no document masks"""
+
+
+Forward = Callable[[int, Tensor, MicroBatch, bool], Tensor]
+"""(chunk, input, micro-batch, whether it is the last stage) -> hidden states, or the last stage's scalar loss."""
+Backward = Callable[[Tensor, bool], None]
+"""(scalar, whether it is the step's last backward): runs backward from the scalar."""
+
+
+class _Seed(torch.autograd.Function):
+    """A scalar whose gradient with respect to `y` is exactly `grad`: engines run backward from scalars only."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, y: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return torch.zeros((), dtype=torch.float32, device=y.device)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, one: Tensor) -> tuple[Tensor, None]:
+        (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad, None
+
+
+class Pipeline:
+    """Executes the schedule of this pipeline rank over its chunks."""
+
+    def __init__(self, mesh: Mesh, virtual_stages: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.mesh, self.virtual_stages, self.hidden, self.dtype, self.device = (
+            mesh,
+            virtual_stages,
+            hidden,
+            dtype,
+            device,
+        )
+        self.num_stages = mesh.pipeline * virtual_stages
+
+    def train(
+        self, batches: Sequence[MicroBatch], loss_scale: Tensor | float, forward: Forward, backward: Backward
+    ) -> Tensor:
+        """Forward and backward of all micro-batches of a step; backward starts from the loss times `loss_scale`.
+
+        Returns:
+            The sum of the last stage's unscaled losses; zero on ranks without the last stage. No host synchronisation.
+        """
+        mesh = self.mesh
+        operations = one_f_one_b(mesh.pipeline, mesh.pipeline_rank, len(batches), self.virtual_stages)
+        return self._run(operations, batches, loss_scale, forward, backward)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch], forward: Forward) -> Tensor:
+        """Forwards of all micro-batches; returns as `train`."""
+
+        def no_backward(scalar: Tensor, last: bool) -> None:
+            raise AssertionError("a validation has no backward")
+
+        operations = forwards_only(self.mesh.pipeline, len(batches), self.virtual_stages)
+        return self._run(operations, batches, 1.0, forward, no_backward)
+
+    def _stage(self, operation: Operation) -> int:
+        return operation.chunk * self.mesh.pipeline + self.mesh.pipeline_rank
+
+    def _run(
+        self,
+        operations: list[Operation],
+        batches: Sequence[MicroBatch],
+        loss_scale: Tensor | float,
+        forward: Forward,
+        backward: Backward,
+    ) -> Tensor:
+        held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        pending: list[tuple[dist.Work, Tensor]] = []
+        last_backward = max((i for i, o in enumerate(operations) if o.kind == "backward"), default=-1)
+        keep_graph = last_backward >= 0
+        received, work = self._exchange(None, operations[0], batches, pending)
+        for number, operation in enumerate(operations):
+            if work is not None:
+                work.wait()
+            stage, key = self._stage(operation), (operation.chunk, operation.micro_batch)
+            batch = batches[operation.micro_batch]
+            last_stage = stage == self.num_stages - 1
+            send: Tensor | None = None
+            if operation.kind == "forward":
+                x = batch.tokens if received is None else received.requires_grad_(keep_graph)
+                y = forward(operation.chunk, x, batch, last_stage)
+                if last_stage:
+                    total += y.detach()
+                else:
+                    send = y.detach()
+                if keep_graph:
+                    held[key] = (x, y)
+            else:
+                x, y = held.pop(key)
+                backward(y * loss_scale if received is None else _Seed.apply(y, received), number == last_backward)
+                send = x.grad if stage > 0 else None
+            following = operations[number + 1] if number + 1 < len(operations) else None
+            received, work = self._exchange(
+                (operation, send) if send is not None else None, following, batches, pending
+            )
+        for handle, _ in pending:
+            handle.wait()
+        return total
+
+    def _exchange(
+        self,
+        sent: tuple[Operation, Tensor] | None,
+        following: Operation | None,
+        batches: Sequence[MicroBatch],
+        pending: list[tuple[dist.Work, Tensor]],
+    ) -> tuple[Tensor | None, dist.Work | None]:
+        """Send one result and start receiving the next operation's input, as one batch.
+
+        In the steady state both neighbours send and receive at once: as one batch neither waits for the other's send,
+        on NCCL as on gloo. Sends stay in `pending`, with their tensors, until the end of the schedule.
+        """
+        ops: list[dist.P2POp] = []
+        keep: list[Tensor] = []
+        if sent is not None:
+            operation, tensor = sent
+            tensor = tensor.contiguous()
+            step = 1 if operation.kind == "forward" else -1
+            stage = self._stage(operation) + step
+            ops.append(self._op(dist.isend, tensor, step, self._tag(step, stage, operation, len(batches))))
+            keep.append(tensor)
+        received = None
+        if following is not None:
+            stage = self._stage(following)
+            step = 1 if following.kind == "forward" else -1
+            if (stage > 0) if step == 1 else (stage < self.num_stages - 1):
+                batch, sequence = batches[following.micro_batch].tokens.shape
+                received = torch.empty(batch, sequence, self.hidden, dtype=self.dtype, device=self.device)
+                ops.append(self._op(dist.irecv, received, -step, self._tag(step, stage, following, len(batches))))
+        if not ops:
+            return None, None
+        works = dist.batch_isend_irecv(ops)
+        if received is None:
+            pending += zip(works, keep * len(works), strict=True)
+            return None, None
+        # gloo returns a work for each operation, NCCL one for the batch: the last one covers the receive on both.
+        pending += zip(works[:-1], keep * len(works[:-1]), strict=True)
+        return received, works[-1]
+
+    def _op(self, kind: Callable, tensor: Tensor, step: int, tag: int) -> dist.P2POp:
+        return dist.P2POp(kind, tensor, self.mesh.stage_rank(self.mesh.pipeline_rank + step), tag=tag)
+
+    def _tag(self, step: int, receiving_stage: int, operation: Operation, num_micro_batches: int) -> int:
+        direction = 0 if step == 1 else 1
+        return (direction * self.num_stages + receiving_stage) * num_micro_batches + operation.micro_batch

@@ -1,0 +1,124 @@
+"""`Layers` for tensor parallelism: column, row and vocabulary-parallel layers, and the vocabulary-parallel loss."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megacode.model.layers import IGNORE, Embedding, Linear, PlainLayers, Slice, part_of
+from megacode.parallel.collectives import copy_to_tensor_ranks, reduce_from_tensor_ranks
+from megacode.parallel.mesh import Mesh
+from megacode.plan import vocabulary_rows
+
+
+class RowLinear(Linear):
+    """A linear map whose inputs are split: partial products, summed over the tensor ranks."""
+
+    def __init__(self, local_out: int, local_in: int, part: Slice, group: ProcessGroup) -> None:
+        super().__init__(local_out, local_in, part)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., this rank's inputs] -> [..., out]"""
+        return reduce_from_tensor_ranks(super().forward(x), self.group)
+
+
+class VocabularyEmbedding(Embedding):
+    """An embedding whose rows are split: tokens of other ranks give zeros, then the sum over the tensor ranks."""
+
+    def __init__(self, rows: int, hidden: int, part: Slice, group: ProcessGroup) -> None:
+        super().__init__(rows, hidden, part)
+        self.group = group
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[batch, sequence] -> [batch, sequence, hidden]"""
+        part = part_of(self.weight)
+        foreign = (tokens < part.start) | (tokens >= part.stop)
+        rows = F.embedding((tokens - part.start).masked_fill(foreign, 0), self.weight)
+        return reduce_from_tensor_ranks(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.group)
+
+
+class VocabularyHead(Linear):
+    """The head whose rows are split; logits of padding rows are dropped before anyone sees them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., this rank's rows of the vocabulary]"""
+        part = part_of(self.weight)
+        return super().forward(x)[..., : part.stop - part.start]
+
+
+class _VocabularyLoss(torch.autograd.Function):
+    """Cross-entropy over split logits: one all-reduce of the maximum, one of two sums; softmax saved for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, group: ProcessGroup) -> Tensor:
+        ctx.dtype = logits.dtype
+        logits = logits.float()  # [tokens, this rank's rows]
+        largest = logits.amax(-1)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        logits = logits - largest.unsqueeze(-1)
+        ignored = labels == IGNORE
+        local = labels - start
+        foreign = ignored | (local < 0) | (local >= logits.shape[-1])
+        local = local.masked_fill(foreign, 0)
+        target = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(foreign, 0.0)
+        exponentials = logits.exp_()
+        sums = torch.stack([exponentials.sum(-1), target])  # [2, tokens]
+        dist.all_reduce(sums, group=group)
+        ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), local, foreign, ignored)
+        return (sums[0].log() - sums[1]).masked_fill(ignored, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        softmax, local, foreign, ignored = ctx.saved_tensors
+        minus_one = (~foreign).to(softmax.dtype).neg_().unsqueeze(-1)
+        softmax = softmax.scatter_add(-1, local.unsqueeze(-1), minus_one)
+        return softmax.masked_fill_(ignored.unsqueeze(-1), 0.0).mul_(grad).to(ctx.dtype), None, None, None
+
+
+class TensorLayers(PlainLayers):
+    """`Layers` that the ranks of `mesh.tensor_group` share. Norms are replicated: their gradients come out equal."""
+
+    def __init__(self, mesh: Mesh, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(device, dtype)
+        self.group, self.rank, self.tensor_ranks = mesh.tensor_group, mesh.tensor_rank, mesh.tensor
+        self._head_start = 0
+
+    def _split(self, size: int) -> tuple[int, int]:
+        """(start, stop) of this rank's equal part."""
+        assert size % self.tensor_ranks == 0, "the plan refuses what can't be split"
+        local = size // self.tensor_ranks
+        return self.rank * local, (self.rank + 1) * local
+
+    def _rows(self, vocabulary: int) -> tuple[int, int, int]:
+        """(rows with padding, start, stop) of this rank's part of the vocabulary."""
+        rows = vocabulary_rows(vocabulary, self.tensor_ranks)
+        return rows, self.rank * rows, min((self.rank + 1) * rows, vocabulary)
+
+    def embedding(self, rows: int, hidden: int, std: float) -> nn.Module:
+        padded, start, stop = self._rows(rows)
+        return VocabularyEmbedding(padded, hidden, Slice((rows, hidden), std, 0, start, stop), self.group)
+
+    def column(self, inputs: int, outputs: int, std: float) -> nn.Module:
+        start, stop = self._split(outputs)
+        return Linear(stop - start, inputs, Slice((outputs, inputs), std, 0, start, stop))
+
+    def row(self, inputs: int, outputs: int, std: float) -> nn.Module:
+        start, stop = self._split(inputs)
+        return RowLinear(outputs, stop - start, Slice((outputs, inputs), std, 1, start, stop), self.group)
+
+    def head(self, hidden: int, rows: int, std: float) -> nn.Module:
+        padded, start, stop = self._rows(rows)
+        self._head_start = start
+        return VocabularyHead(padded, hidden, Slice((rows, hidden), std, 0, start, stop))
+
+    def enter(self, x: Tensor) -> Tensor:
+        return copy_to_tensor_ranks(x, self.group)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return _VocabularyLoss.apply(logits.flatten(0, 1), labels.flatten(), self._head_start, self.group)

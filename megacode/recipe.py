@@ -1,0 +1,319 @@
+"""The recipe: all that makes a run what it is, typed. Loaded from YAML, overridden by key.path=value.
+
+A recipe may name a `base` (another recipe, relative to its own folder) and say only what differs.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megacode.errors import UserError
+from megacode.model.presets import PRESETS
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its users write it: 3e-4 is a number (YAML 1.1 reads a string when the dot is missing)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, docstrings under the fields are their help texts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+
+
+class ModelSection(Section):
+    """Shape of the transformer (Llama architecture: RMSNorm, RoPE, SwiGLU, untied head)."""
+
+    preset: str | None = None
+    """Name of a preset in megacode/model/presets.py; fields given beside it replace the preset's."""
+    layers: int = Field(gt=0)
+    """Number of transformer blocks."""
+    hidden: int = Field(gt=0)
+    """Width of the residual stream."""
+    heads: int = Field(gt=0)
+    """Number of query heads; head_dim = hidden / heads."""
+    kv_heads: int = Field(gt=0)
+    """Number of key and value heads; equal to heads for MHA, fewer for GQA."""
+    ffn: int = Field(gt=0)
+    """Width of the SwiGLU feed-forward."""
+    vocabulary: int | None = Field(default=None, gt=0)
+    """Rows of the embedding and the head; left out, the tokenizer decides."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies."""
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+    """Added to the mean square in RMSNorm."""
+    max_positions: int = Field(default=4096, gt=0)
+    """Longest context the export declares, in tokens."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, data: Any) -> Any:
+        name = data.get("preset") if isinstance(data, dict) else None
+        if name is None:
+            return data
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; known are {', '.join(PRESETS)}")
+        return {**PRESETS[name], **data}
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "ModelSection":
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = hidden / heads is {self.head_dim}; RoPE needs an even one")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+
+class TokenizerSection(Section):
+    path: str
+    """The SentencePiece model."""
+
+
+class DataSection(Section):
+    train: str
+    """Prefix of the training shards: PREFIX.bin and PREFIX.idx."""
+    valid: str | None = None
+    """Prefix of the validation shards; left out, the run does not validate."""
+    infilling_rate: float = Field(default=0.9, ge=0, le=1)
+    """Share of the uncut documents that become infilling documents (Code Llama: 0.9)."""
+    suffix_first_rate: float = Field(default=0.5, ge=0, le=1)
+    """Share of the infilling documents in suffix-prefix-middle order (Code Llama: half)."""
+    document_masks: bool = False
+    """Attention and positions stop at document boundaries."""
+
+
+class ParallelSection(Section):
+    tensor: int = Field(default=1, gt=0)
+    """Ranks that share each layer (tensor parallelism)."""
+    pipeline: int = Field(default=1, gt=0)
+    """Stages that share the layers (pipeline parallelism)."""
+    virtual_stages: int = Field(default=1, gt=0)
+    """Chunks of layers that each pipeline rank holds; above 1 the schedule is interleaved 1F1B."""
+    zero: Literal[1, 2, 3] = 1
+    """ZeRO stage: 1 shards the optimizer over the data ranks, 2 the gradients too, 3 the parameters too."""
+    gather: Literal["step", "microbatch"] | None = None
+    """ZeRO-3: gather each parameter once a step, or for each micro-batch. Left out: step."""
+    reduce: Literal["step", "microbatch"] | None = None
+    """Reduce gradients once a step, or after each micro-batch. Left out: step under ZeRO-1, else microbatch."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ParallelSection":
+        if self.gather == "microbatch" and self.zero < 3:
+            raise ValueError(f"gather: microbatch needs zero: 3, and zero is {self.zero}; leave gather out")
+        if self.virtual_stages > 1 and self.pipeline == 1:
+            raise ValueError("virtual_stages above 1 needs pipeline above 1; set virtual_stages: 1")
+        if self.reduce == "microbatch" and self.zero < 2:
+            raise ValueError("reduce: microbatch needs zero: 2 or 3 (ZeRO-1 keeps whole gradients); leave reduce out")
+        return self
+
+    @property
+    def gather_policy(self) -> Literal["step", "microbatch"]:
+        """`gather`, with its default filled in."""
+        return self.gather or "step"
+
+    @property
+    def reduce_policy(self) -> Literal["step", "microbatch"]:
+        """`reduce`, with its default filled in."""
+        return self.reduce or ("step" if self.zero == 1 else "microbatch")
+
+
+class BatchSection(Section):
+    global_samples: int = Field(gt=0)
+    """Sequences of one optimizer step, over all ranks."""
+    micro_samples: int = Field(gt=0)
+    """Sequences of one micro-batch on one data rank."""
+    sequence_length: int = Field(gt=0)
+    """Tokens of one sequence."""
+
+
+class OptimizerSection(Section):
+    """AdamW (Loshchilov and Hutter 2019); defaults are Code Llama's and, where it is silent, Llama 2's."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the mean of gradients."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the mean of squared gradients."""
+    epsilon: float = Field(default=1e-5, gt=0)
+    """Added to the root in Adam's denominator."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay; norms are left out of it."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest gradient norm over the whole model; 0 does not clip."""
+
+
+class ScheduleSection(Section):
+    """Linear warm-up to the peak, then a cosine down to peak * final_ratio at the last step."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps of the run."""
+    warmup_steps: int = Field(default=1000, ge=0)
+    """Steps of the linear warm-up."""
+    final_ratio: float = Field(default=1 / 30, ge=0, le=1)
+    """Last learning rate over the peak (Code Llama: 1/30)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScheduleSection":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
+        return self
+
+
+class CheckpointSection(Section):
+    every_steps: int = Field(default=1000, gt=0)
+    """A checkpoint after every so many steps, and one at the end."""
+    start_from: str | None = None
+    """A checkpoint folder whose weights a new run starts from (not its optimizer nor its data position)."""
+
+
+class LoggingSection(Section):
+    validate_every_steps: int = Field(default=1000, gt=0)
+    """A validation after every so many steps, and one at the end."""
+    validation_samples: int | None = Field(default=None, gt=0)
+    """Sequences of one validation; left out, the whole validation set."""
+
+
+class FaultsSection(Section):
+    collective_timeout_seconds: float = Field(default=600, gt=0)
+    """A collective that waits longer ends the run with an error."""
+
+
+class Recipe(Section):
+    """A whole run. See launchers/recipes/demo.yaml for a commented one."""
+
+    run: str
+    """The run folder."""
+    seed: int = Field(default=0, ge=0)
+    """Every random choice is a function of this, of the step and of names."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the model; master weights and Adam are always fp32. fp16 does not exist here."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON file (see ds_configs/); left out, the plain ZeRO stage of `parallel.zero`."""
+    model: ModelSection
+    tokenizer: TokenizerSection
+    data: DataSection
+    parallel: ParallelSection = ParallelSection()
+    batch: BatchSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    faults: FaultsSection = FaultsSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.batch.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"batch.sequence_length ({self.batch.sequence_length}) is beyond model.max_positions "
+                f"({self.model.max_positions}); raise the one or lower the other"
+            )
+        return self
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe, every default filled in, as YAML that `load` reads back to an equal recipe."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: YAML file; its key `base`, if any, names the recipe that it differs from.
+        overrides: `key.path=value`, later ones win; values are YAML.
+
+    Raises:
+        UserError: the file, a key or a value is wrong; the message names it.
+    """
+    path = Path(path)
+    values = _read(path)
+    for override in overrides or []:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its `base` leads back to itself")
+    try:
+        values = _parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no recipe: it must be a YAML mapping with the sections model, data, batch, ...")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both_sections = {k for k in over if isinstance(over[k], dict) and isinstance(base.get(k), dict)}
+    return {**base, **{k: _merge(base[k], v) if k in both_sections else v for k, v in over.items()}}
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"override {override!r} is not key.path=value, for example schedule.steps=100")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override {override!r}: {section} is a value, not a section")
+    try:
+        values[last] = _parse(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first mistake of a pydantic error, with the key's path and, for an unknown key, the nearest known one."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "recipe"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(Recipe, [str(part) for part in first["loc"][:-1]])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        message = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(known)}"
+    elif first["type"] == "missing":
+        message = "is missing; give it a value"
+    elif first["type"] not in ("value_error",):
+        message = f"{message}, not {first['input']!r}"
+    return f"{where}: {message}"
+
+
+def _keys_at(section: type[BaseModel], path: list[str]) -> list[str]:
+    for name in path:
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)

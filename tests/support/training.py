@@ -1,0 +1,252 @@
+"""The same training in any layout and in one plain-torch process, on the same weights and tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megacode.model.layers import IGNORE, Slice, initial_values, part_of
+from megacode.model.llama import Llama, initialise
+from megacode.parallel.pipeline import MicroBatch
+from megacode.plan import layout as fit
+from megacode.recipe import Recipe
+
+SEED = 7
+
+
+def recipe(**sections: Any) -> Recipe:
+    """A nano recipe for tests; sections are merged over it."""
+    values: dict[str, Any] = {
+        "run": "unused",
+        "precision": "fp32",
+        "model": {"preset": "nano", "hidden": 32, "ffn": 48, "vocabulary": 61},
+        "tokenizer": {"path": "unused"},
+        "data": {"train": "unused"},
+        "batch": {"global_samples": 8, "micro_samples": 1, "sequence_length": 12},
+        "optimizer": {"learning_rate": 1e-2, "clip": 0.5, "epsilon": 1e-8},
+        "schedule": {"steps": 3, "warmup_steps": 0},
+    }
+    for key, value in sections.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return Recipe.model_validate(values)
+
+
+@dataclass
+class Outcome:
+    """What a training leaves: per step loss and norm; of the first step the gradients; at the end the weights."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    gathers: list[int] = field(default_factory=list)
+    """Largest number of gathers of a parameter, each step."""
+
+
+def samples(config: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens and labels [global_samples, sequence] of a step; uneven numbers of labels have no loss."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    shape = (config.batch.global_samples, config.batch.sequence_length)
+    assert config.model.vocabulary is not None
+    tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)
+    labels = torch.randint(0, config.model.vocabulary, shape, generator=generator)
+    lengths = torch.randint(0, config.batch.sequence_length, (shape[0], 1), generator=generator)
+    return tokens, labels.masked_fill(torch.arange(shape[1]) < lengths, IGNORE)
+
+
+def micro_batch(config: Recipe, tokens: torch.Tensor, labels: torch.Tensor) -> MicroBatch:
+    batch, sequence = tokens.shape
+    positions = torch.arange(sequence).expand(batch, sequence)
+    cu_seqlens = None
+    if config.data.document_masks:  # two segments a sample, the cut moving with the sample's first token
+        cuts = [b * sequence + c for b in range(batch) for c in (0, 1 + int(tokens[b, 0]) % (sequence - 1))]
+        cu_seqlens = torch.tensor([*cuts, batch * sequence], dtype=torch.int32)
+        starts = cu_seqlens[:-1].long()
+        flat = torch.arange(batch * sequence)
+        positions = (flat - starts[torch.searchsorted(starts, flat, right=True) - 1]).view(batch, sequence)
+    return MicroBatch(tokens, labels, positions, cu_seqlens)
+
+
+def reference(config: Recipe, steps: int) -> Outcome:
+    """The training in one process: plain torch, fp32, no DeepSpeed."""
+    model = initialise(Llama(config.model), SEED)
+    section = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": section.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=section.learning_rate, betas=(section.beta1, section.beta2), eps=section.epsilon,
+    )  # fmt: skip
+    outcome = Outcome()
+    for step in range(steps):
+        tokens, labels = samples(config, step)
+        optimizer.zero_grad()
+        total = 0.0
+        for i in range(len(tokens)):
+            batch = micro_batch(config, tokens[i : i + 1], labels[i : i + 1])
+            loss = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels) / (labels != IGNORE).sum()
+            loss.backward()
+            total += loss.item()
+        outcome.losses.append(total)
+        if step == 0:
+            outcome.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        outcome.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip or 1e9)))
+        optimizer.step()
+    outcome.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return outcome
+
+
+def parallel(config: Recipe, steps: int, context: int = 1, without: tuple[str, ...] = ()) -> list[Any]:
+    """A rank's part of the training in the recipe's layout; `without` names cures to leave out, see WITHOUT.
+
+    Context ranks are fed like data ranks here (each its own samples), which is all that the engine sees of them.
+    Returns [outcome, {name: Slice}], with gradients and weights of this rank's tensors, on the first data rank only.
+    """
+    from megacode.engine import private
+    from megacode.engine.zero import ZeroEngine, start_deepspeed
+    from megacode.parallel import mesh as meshes
+
+    start_deepspeed()
+    plan = fit(config, dist.get_world_size())
+    with contextlib.ExitStack() as stack:
+        for name in without:
+            stack.enter_context(mock.patch(*WITHOUT[name]()))
+        mesh = meshes.build_mesh(plan.pipeline, plan.data // context, plan.tensor, context)
+        engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
+        for name, parameter in engine.parameters.items():
+            part = part_of(parameter)
+            engine.write(name, part.take(initial_values(name, part, SEED)))
+        outcome, counts = Outcome(), Counter()
+        private.num_gathers(engine.zero, lambda parameter: counts.update([parameter.ds_id]))
+        size, ranks = config.batch.micro_samples, mesh.zero_size
+        for step in range(steps):
+            tokens, labels = samples(config, step)
+            counts.clear()
+            rows = [slice((m * ranks + mesh.zero_rank) * size, (m * ranks + mesh.zero_rank + 1) * size)
+                    for m in range(plan.num_micro_batches)]  # fmt: skip
+            loss = engine.train_step(
+                [micro_batch(config, tokens[r], labels[r]) for r in rows], ranks / (labels != IGNORE).sum()
+            )
+            if step == 0:
+                outcome.gradients = {name: engine.read(name, "gradient").float().clone() for name in engine.parameters}
+            outcome.norms.append(engine.update(config.optimizer.learning_rate))
+            # Every tensor rank of the last stage has the same loss.
+            dist.all_reduce(loss)
+            outcome.losses.append(float(loss / (labels != IGNORE).sum() / mesh.tensor))
+            outcome.gathers.append(max(counts.values(), default=0))
+        outcome.weights = {name: engine.read(name).clone() for name in engine.parameters}
+        parts = {name: part_of(parameter) for name, parameter in engine.parameters.items()}
+        engine.engine.destroy()
+    return [outcome if mesh.zero_rank == 0 else Outcome(outcome.losses, outcome.norms, gathers=outcome.gathers), parts]
+
+
+def reduced_elements(config: Recipe) -> int:
+    """Elements that this rank gives to reductions over its data group in one step."""
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    total = [0]
+    bucket = stage3.reduce_scatter_coalesced
+    averaged = stage_1_and_2.DeepSpeedZeroOptimizer.average_tensor
+
+    def scatter(tensors: list[torch.Tensor], group: Any) -> Any:
+        total[0] += sum(tensor.numel() for tensor in tensors)
+        return bucket(tensors, group)
+
+    def average(self: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        total[0] += tensor.numel()
+        return averaged(self, tensor, *args, **kwargs)
+
+    with (
+        mock.patch.object(stage3, "reduce_scatter_coalesced", scatter),
+        mock.patch.object(stage_1_and_2.DeepSpeedZeroOptimizer, "average_tensor", average),
+    ):
+        outcome, _ = parallel(config, 1)
+    assert len(outcome.losses) == 1
+    return total[0]
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _world_trace() -> tuple[str, Any]:
+    from deepspeed.runtime.zero import partitioned_param_coordinator, utils
+
+    def restore(group: Any) -> None:
+        partitioned_param_coordinator.assert_ints_same_as_other_ranks = utils.assert_ints_same_as_other_ranks
+
+    return "megacode.engine.private.check_traces_within", restore
+
+
+def _world_partitions() -> tuple[str, Any]:
+    import deepspeed
+
+    init = deepspeed.zero.Init
+    return "deepspeed.zero.Init", lambda data_parallel_group, mpu, **kwargs: init(**kwargs)
+
+
+def _divided_by_accumulation() -> tuple[str, Any]:
+    from megacode.engine.config import deepspeed_config
+
+    def config(recipe: Recipe) -> dict[str, Any]:
+        return {**deepspeed_config(recipe), "gradient_accumulation_steps": 4}
+
+    return "megacode.engine.zero.deepspeed_config", config
+
+
+def _data_group_without_context() -> tuple[str, Any]:
+    from megacode.parallel.mesh import Mesh, build_mesh
+
+    def build(*sizes: int) -> Mesh:
+        mesh = build_mesh(*sizes)
+        assert mesh.data == 1
+        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        return dataclasses.replace(mesh, data_group=alone[mesh.rank])
+
+    return "megacode.parallel.mesh.build_mesh", build
+
+
+WITHOUT: dict[str, Any] = {
+    "check_traces_within": _world_trace,
+    "start_backward": lambda: ("megacode.engine.private.start_backward", _nothing),
+    "mark_norm_owner": lambda: ("megacode.engine.private.mark_norm_owner", _nothing),
+    "accumulation of 1": _divided_by_accumulation,
+    "own_the_trace": lambda: ("megacode.engine.private.own_the_trace", _nothing),
+    "zero.Init_group": _world_partitions,
+    "clear_partitions": lambda: ("megacode.engine.private.clear_partitions", _nothing),
+    "keep_leftovers": lambda: ("megacode.engine.private.keep_leftovers", lambda zero: _nothing),
+    "context in the data group": _data_group_without_context,
+    "Fp32Gradients": lambda: ("megacode.engine.private.Fp32Gradients", lambda parameters: None),
+}
+"""Each cure of running a pipeline over ZeRO engines, as what to patch to leave it out."""
+
+
+def deviation(expected: Outcome, ranks: list[tuple[Outcome, dict[str, Slice]]]) -> dict[str, float]:
+    """Largest relative differences of loss and norm, of gradients (to the tensor's norm), and absolute of weights.
+
+    "all gradients" is the relative error of the gradient as one vector (tensor-replicated parameters count per rank).
+    """
+    worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0}
+    total = 0.0
+    for outcome, parts in ranks:
+        for key, have, want in (("loss", outcome.losses, expected.losses), ("norm", outcome.norms, expected.norms)):
+            assert len(have) == len(want)
+            worst[key] = max(worst[key], *(abs(h - w) / abs(w) for h, w in zip(have, want, strict=True)))
+        for name, have in outcome.gradients.items():
+            want = parts[name].take(expected.gradients[name])
+            error = float((have - want).square().sum())
+            worst["gradient"] = max(worst["gradient"], error**0.5 / float(expected.gradients[name].norm()))
+            total += error
+        for name, have in outcome.weights.items():
+            want = parts[name].take(expected.weights[name])
+            worst["weight"] = max(worst["weight"], float((have - want).abs().max()))
+    whole = sum(float(gradient.square().sum()) for gradient in expected.gradients.values())
+    return {**worst, "all gradients": (total / whole) ** 0.5}

@@ -1,0 +1,166 @@
+"""The exported folder: what is in it, in what pieces, and when it may be written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support.exports import write_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from megacode.checkpoint import hf
+from megacode.errors import UserError
+from megacode.model.llama import num_parameters
+from megacode.recipe import ModelSection
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("run"))
+
+
+def unchecked(folder):
+    """In place of the receipt, which test_receipt.py is about: leaves the mark of an export."""
+    (folder / hf.RECEIPT).write_text("{}")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_file(checkpoint, tmp_path, dtype):
+    seen = []
+    hf.export(
+        checkpoint, tmp_path / "hf", dtype, check=unchecked, progress=lambda done, total: seen.append((done, total))
+    )
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    assert set(written) == set(checkpoint.names)
+    for name, tensor in written.items():
+        assert torch.equal(tensor, checkpoint.read(name).to(hf.DTYPES[dtype]))
+    with safe_open(tmp_path / "hf" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    size = num_parameters(checkpoint.model) * hf.DTYPES[dtype].itemsize
+    assert seen[-1] == (size, size)
+    assert len(seen) == len(checkpoint.names)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]  # nothing beside it is left
+
+
+def test_many_files(checkpoint, tmp_path):
+    limit = 200_000  # the embedding and the head, 616 rows of 64 in bf16, take 79 kB each
+    hf.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked, max_shard_bytes=limit)
+    files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 1
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    contents = {file: load_file(tmp_path / "hf" / file) for file in files}
+    assert index["weight_map"] == {name: file for file, tensors in contents.items() for name in tensors}
+    sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in contents.values()]
+    assert max(sizes) <= limit
+    assert index["metadata"]["total_size"] == sum(sizes) == 2 * num_parameters(checkpoint.model)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert torch.equal(loaded.state_dict()["lm_head.weight"], checkpoint.read("lm_head.weight").bfloat16())
+
+
+def test_a_parameter_beyond_the_limit_stands_alone(checkpoint):
+    shards = hf.plan_shards(checkpoint, torch.float32, max_shard_bytes=1)
+    assert shards == [[name] for name in checkpoint.names]
+
+
+def test_config(checkpoint, tmp_path):
+    hf.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
+    config, model = AutoConfig.from_pretrained(tmp_path / "hf"), checkpoint.model
+    assert config.architectures == ["LlamaForCausalLM"]
+    assert config.dtype == torch.bfloat16
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": model.rope_theta}
+    assert config.max_position_embeddings == model.max_positions
+    assert (config.vocab_size, config.num_key_value_heads, config.head_dim) == (model.vocabulary, 2, 16)
+    assert not config.tie_word_embeddings
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, None)
+    generation = GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
+
+
+def test_config_is_code_llamas():
+    """The values of HuggingFace's codellama/CodeLlama-7b-hf."""
+    config = hf.config_of(ModelSection.model_validate({"preset": "code-llama-7b"}), "bf16")
+    expected = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 16384,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 32016,
+    }
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_only_an_earlier_export_is_replaced_and_only_with_force(checkpoint, tmp_path):
+    target = tmp_path / "hf"
+    target.mkdir()
+    hf.export(checkpoint, target, "bf16", check=unchecked)  # an empty folder may be filled
+    (target / "mark").touch()
+    with pytest.raises(UserError, match="--force"):
+        hf.export(checkpoint, target, "bf16", check=unchecked)
+    assert (target / "mark").exists()
+    hf.export(checkpoint, target, "bf16", check=unchecked, force=True)
+    assert not (target / "mark").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_foreign_folders_and_files_are_kept(checkpoint, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").touch()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="no export of megacode"):
+        hf.export(checkpoint, tmp_path / "folder", "bf16", check=unchecked, force=True)
+    with pytest.raises(UserError, match="is a file"):
+        hf.export(checkpoint, tmp_path / "file", "bf16", check=unchecked, force=True)
+
+
+def test_a_failed_check_gives_no_folder(checkpoint, tmp_path):
+    def refuse(folder):
+        assert (folder / "model.safetensors").exists()
+        raise RuntimeError("it disagrees")
+
+    for _ in range(2):  # what the first left does not stop the second
+        with pytest.raises(RuntimeError, match="it disagrees"):
+            hf.export(checkpoint, tmp_path / "hf", "bf16", check=refuse)
+        assert not (tmp_path / "hf").exists()
+        assert hf.temporary_folder(tmp_path / "hf").exists()
+    hf.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_failed_check_keeps_the_earlier_export(checkpoint, tmp_path):
+    hf.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
+    (tmp_path / "hf" / "mark").touch()
+    with pytest.raises(ZeroDivisionError):
+        hf.export(checkpoint, tmp_path / "hf", "bf16", check=lambda folder: 1 // 0, force=True)
+    assert (tmp_path / "hf" / "mark").exists()
+
+
+def test_a_small_disk_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
+    usage = hf.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(hf.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="GiB free"):
+        hf.export(checkpoint, tmp_path / "new" / "hf", "bf16", check=unchecked)
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_deepspeed():
+    """Converting needs none."""
+    code = "import sys, megacode.checkpoint.receipt; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,142 @@
+"""megacode.data.infill: the layouts of infilling documents, where they are cut, and that nothing is lost."""
+
+import argparse
+import inspect
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+from megacode.data.infill import infill, infilling_document, infilling_prompt
+from megacode.data.tokenizer import Tokenizer, train
+from megacode.errors import UserError
+
+TEXT = st.lists(
+    st.text(st.characters(exclude_categories=["Cs"]))
+    | st.sampled_from(["    ", " ", "▁", "\r\n", "\0", "😀", "▁<MID>"])
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
+    train([inspect.getsource(argparse)], path, 800)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path):
+    return Tokenizer(path)
+
+
+def divide(ids, *separators):
+    """Cut a list at single ids that must each occur once, in this order."""
+    parts = []
+    for separator in separators:
+        assert ids.count(separator) == 1
+        place = ids.index(separator)
+        parts.append(ids[:place])
+        ids = ids[place + 1 :]
+    return [*parts, ids]
+
+
+def test_layouts_by_the_formulas(path, tokenizer):
+    """Against SentencePiece itself; the text without dummy prefix is encoded as Code Llama's reference does it."""
+    processor = SentencePieceProcessor(model_file=str(path))
+    marker = len(processor.encode("☺"))
+
+    def enc0(text):
+        return processor.encode("☺" + text)[marker:]
+
+    prefix, middle, suffix = "def f(a):\n    ret", "urn a + 1", "\n\nprint(f(1))\n"
+    bos, pre, suf, mid, eot, eos = 1, 807, 808, 809, 810, 2
+    psm = [bos, pre, *processor.encode(prefix), suf, *enc0(suffix), mid, *enc0(middle), eot, eos]
+    spm = [bos, pre, suf, *enc0(suffix), mid, *processor.encode(prefix + middle), eot, eos]
+    assert infilling_document(prefix, middle, suffix, tokenizer) == psm
+    assert infilling_document(prefix, middle, suffix, tokenizer, suffix_first=True) == spm
+    assert infilling_prompt(prefix, suffix, tokenizer) == psm[: psm.index(mid) + 1]
+    assert infilling_prompt(prefix, suffix, tokenizer, True) == spm[: spm.index(mid) + 1] + processor.encode(prefix)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(TEXT, TEXT, TEXT)
+def test_psm_holds_the_whole_text(tokenizer, prefix, middle, suffix):
+    ids = infilling_document(prefix, middle, suffix, tokenizer)
+    assert (ids[0], ids[-2:]) == (tokenizer.bos, [tokenizer.eot_id, tokenizer.eos])
+    head, first, last, moved, _ = divide(
+        ids, tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id, tokenizer.eot_id
+    )
+    assert head == [tokenizer.bos]
+    text = tokenizer.decode(first) + tokenizer.decode_continuation(moved) + tokenizer.decode_continuation(last)
+    assert text == (prefix + middle + suffix).replace("▁", " ")
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(TEXT, TEXT, TEXT)
+def test_spm_holds_the_whole_text(tokenizer, prefix, middle, suffix):
+    ids = infilling_document(prefix, middle, suffix, tokenizer, suffix_first=True)
+    head, nothing, last, body, end = divide(
+        ids, tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id, tokenizer.eot_id
+    )
+    assert (head, nothing, end) == ([tokenizer.bos], [], [tokenizer.eos])
+    assert tokenizer.decode(body) + tokenizer.decode_continuation(last) == (prefix + middle + suffix).replace("▁", " ")
+
+
+@pytest.mark.parametrize("suffix_first", [False, True])
+def test_with_no_prefix_both_orders_have_the_suffix_in_the_same_place(tokenizer, suffix_first):
+    ids = infilling_document("", "abc", "def", tokenizer, suffix_first=suffix_first)
+    assert ids[:3] == [tokenizer.bos, tokenizer.prefix_id, tokenizer.suffix_id]
+
+
+def cut_points(tokenizer, document, text="0123456789", **changes):
+    arguments = {"seed": 1, "epoch": 2, "suffix_first_rate": 0.0} | changes
+    ids = infill(text, document=document, tokenizer=tokenizer, **arguments)
+    parts = divide(ids, tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id, tokenizer.eot_id)
+    prefix = tokenizer.decode(parts[1])
+    return len(prefix), len(prefix) + len(tokenizer.decode_continuation(parts[3]))
+
+
+def test_cuts_are_two_uniform_draws_over_the_characters(tokenizer):
+    num_documents, places = 8000, 11  # ten characters have eleven places to cut
+    found = Counter(cut_points(tokenizer, document) for document in range(num_documents))
+    assert set(found) == {(i, j) for i in range(places) for j in range(i, places)}
+    # Two equal draws: 1 of 121; two different ones, in either order: 2 of 121.
+    chi2 = sum(
+        (found[i, j] - expected) ** 2 / expected
+        for i in range(places)
+        for j in range(i, places)
+        for expected in [num_documents * (1 if i == j else 2) / places**2]
+    )
+    assert chi2 < 106, "66 cells, 65 degrees of freedom: more than 106 has probability 0.1 %"
+
+
+def test_a_cut_is_a_function_of_seed_epoch_and_document(tokenizer):
+    assert cut_points(tokenizer, 7) == cut_points(tokenizer, 7)
+    for change in ({"seed": 2}, {"epoch": 3}, {"seed": 2**80}):
+        assert [cut_points(tokenizer, i) for i in range(20)] != [cut_points(tokenizer, i, **change) for i in range(20)]
+
+
+def test_share_of_suffix_first(tokenizer):
+    def share(rate, num=2000):
+        rows = (
+            infill("abc", seed=0, epoch=0, document=i, tokenizer=tokenizer, suffix_first_rate=rate) for i in range(num)
+        )
+        # A PSM document with an empty prefix begins like an SPM one.
+        orders = [row[2] == tokenizer.suffix_id for row in rows]
+        return sum(orders) / num
+
+    empty_prefix = 7 / 16  # either of two draws from four places is 0
+    assert share(1.0) == 1
+    assert share(0.0) == pytest.approx(empty_prefix, abs=0.034), "three standard deviations of 2000 draws are 0.033"
+    assert share(0.5) == pytest.approx(0.5 + empty_prefix / 2, abs=0.034)
+
+
+def test_without_infilling_pieces(path, tmp_path):
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(path.read_bytes())
+    del model.pieces[800:]
+    (tmp_path / "base.model").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"base\.model has no infilling pieces"):
+        infilling_prompt("a", "b", Tokenizer(tmp_path / "base.model"))

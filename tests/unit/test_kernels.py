@@ -1,0 +1,391 @@
+"""rope, attention and the choice of their backends, on the CPU.
+
+Triton's interpreter must be asked for before triton is imported and then holds for the whole process. So this file is
+also a program: `test_kernels.py FILE` computes every case of CASES with rope_triton and saves the tensors to FILE.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import megacode
+from megacode.errors import UserError
+from megacode.kernels import dispatch
+from megacode.kernels.attention import attention_flash, attention_torch
+from megacode.kernels.rope import inverse_frequencies, rope_torch, rope_triton
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of rope, as the projections of a model give them."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.float32
+    layout: str = "plain"
+    """plain; fused: views of one projection; sequence_first: transposed views, the positions one expanded row."""
+    theta: float = 1e6
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k that require gradients and positions from 0 to 100,000; the same numbers in every process."""
+        generator = torch.Generator().manual_seed(0)
+        batch, sequence = 2, 5
+        widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim]
+        fused = torch.randn(batch, sequence, sum(widths), generator=generator).to(self.dtype)
+        q, k = (x.unflatten(-1, (-1, self.head_dim)) for x in fused.split(widths, dim=-1))
+        positions = torch.tensor([[0, 1, 4097, 16384, 100_000], [99_999, 7, 0, 65_537, 31_337]])
+        if self.layout == "plain":
+            q, k = q.contiguous(), k.contiguous()
+        if self.layout == "sequence_first":
+            q, k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k))
+            positions = positions[:1].expand(batch, sequence)
+        return q.detach().requires_grad_(), k.detach().requires_grad_(), positions
+
+
+CASES = {
+    "multi_head": Case(4, 4, 64),
+    "grouped": Case(8, 2, 32, theta=1e4),
+    "odd_sizes": Case(5, 3, 48),
+    "fused": Case(4, 2, 16, layout="fused"),
+    "sequence_first": Case(4, 2, 16, layout="sequence_first"),
+    "bf16": Case(4, 2, 128, torch.bfloat16),
+}
+
+
+def rotate_and_differentiate(rope, case: Case) -> dict[str, Tensor]:
+    """What `rope` makes of a case: q, k, their gradients under weights and under a sum (an expanded gradient)."""
+    q, k, positions = case.inputs()
+    q_out, k_out = rope(q, k, positions, case.theta)
+    weights = [torch.linspace(-2, 2, x.numel()).view(x.shape).to(x.dtype) for x in (q_out, k_out)]
+    grads = torch.autograd.grad((q_out, k_out), (q, k), weights, retain_graph=True)
+    (grad_of_sum,) = torch.autograd.grad(q_out.sum(), q)
+    assert q_out.is_contiguous()
+    return dict(zip(("q", "k", "grad_q", "grad_k", "grad_of_sum"), (q_out, k_out, *grads, grad_of_sum), strict=True))
+
+
+# ---- rope
+
+
+def llama_rope(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """transformers' own rotation."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    config = LlamaConfig(
+        hidden_size=q.shape[2] * q.shape[3],
+        num_attention_heads=q.shape[2],
+        num_key_value_heads=k.shape[2],
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
+    cos, sin = LlamaRotaryEmbedding(config)(q, positions)
+    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
+def test_rope_torch_is_that_of_transformers(name):
+    ours, theirs = (rotate_and_differentiate(rope, CASES[name]) for rope in (rope_torch, _contiguous(llama_rope)))
+    for key, value in ours.items():
+        # The same fp32 products and sums; 1e-6 leaves room for two units in the last place of values up to 4.
+        torch.testing.assert_close(value, theirs[key], rtol=0, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def _contiguous(rope):
+    return lambda *arguments: tuple(x.contiguous() for x in rope(*arguments))
+
+
+def test_rope_torch_in_bf16_rounds_once():
+    q, k, positions = CASES["bf16"].inputs()
+    ours = rope_torch(q, k, positions, 1e6)
+    exact = llama_rope(q.float(), k.float(), positions, 1e6)
+    theirs = llama_rope(q, k, positions, 1e6)
+    for x, mine, right, other in zip((q, k), ours, exact, theirs, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert torch.equal(mine, right.bfloat16())
+        # transformers rounds cos, sin, each product and the sum: five relative errors of 2^-9, each of at most
+        # |first| + |second|, and ours adds one.
+        first, second = x.detach().float().abs().chunk(2, dim=-1)
+        bound = 6 * 2**-9 * torch.cat((first + second, first + second), dim=-1)
+        assert ((mine.float() - other.float()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("position", [0, 1, 4096, 99_999, 100_000])
+def test_rope_torch_turns_unit_vectors_by_the_angle(position):
+    frequencies = inverse_frequencies(64, 1e6, CPU)
+    angles = (torch.tensor(float(position)) * frequencies).double()  # the fp32 product, in double from here
+    unit = torch.cat((torch.ones(32), torch.zeros(32))).view(1, 1, 1, 64)
+    out, _ = rope_torch(unit, unit, torch.tensor([[position]]), 1e6)
+    expected = torch.cat((angles.cos(), angles.sin()))
+    # fp32 sine and cosine with a full range reduction: within two units in the last place of 1.
+    torch.testing.assert_close(out.flatten().double(), expected, rtol=0, atol=1.2e-7)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """Every case computed by the Triton kernel in a process of its own, under the interpreter."""
+    pytest.importorskip("triton", reason="the interpreter is part of triton")
+    path = tmp_path_factory.mktemp("triton") / "interpreted.pt"
+    root = str(Path(megacode.__file__).parents[1])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": root}
+    subprocess.run([sys.executable, __file__, str(path)], env=environment, check=True, timeout=300)
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rope_triton_equals_its_twin(interpreted, name):
+    expected = rotate_and_differentiate(rope_torch, CASES[name])
+    # fp32: numpy's and torch's sines differ by a unit in the last place, 6e-8, times values up to 4, twice.
+    # bf16: the interpreter cuts fp32 off to bf16 where hardware rounds: up to a unit in the last place, 2^-7 relative.
+    rtol = 2**-7 if CASES[name].dtype == torch.bfloat16 else 0
+    for key, value in expected.items():
+        actual = interpreted[name][key]
+        assert actual.dtype == value.dtype
+        torch.testing.assert_close(actual, value, rtol=rtol, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_rope_triton_saves_the_positions_only(interpreted):
+    _, _, positions = CASES["fused"].inputs()
+    assert len(interpreted["saved"]) == 1
+    assert torch.equal(interpreted["saved"][0], positions)
+
+
+def test_nothing_imports_a_backend_before_it_is_used(interpreted):
+    assert interpreted["imported"] == []
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dtype"), [(32, 32, "bf16"), (64, 8, "bf16"), (5, 5, "fp32")])
+def test_rope_triton_compiles_for_hopper(heads, kv_heads, dtype, tmp_path, monkeypatch):
+    """The real compiler, which needs no GPU: types, 16-byte accesses, and the accurate sine and cosine."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megacode.kernels.rope import _kernel, _power_of_two
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = _kernel()
+    pointers = dict.fromkeys(("q", "k", "q_out", "k_out"), f"*{dtype}") | {"positions": "*i64", "frequencies": "*fp32"}
+    constants = {"heads": heads, "kv_heads": kv_heads, "half": 64, "half_tile": 64, "inverse": False}
+    constants |= {"heads_tile": _power_of_two(heads), "kv_heads_tile": _power_of_two(kv_heads)}
+    kinds = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if name in pointers or "q_" in name or "k_" in name
+    }
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert "__nv_sinf" in ptx
+    assert "sin.approx" not in ptx
+    assert "cos.approx" not in ptx
+    assert "ld.global.v4" in ptx
+    assert "st.global.v4" in ptx
+
+
+# ---- attention
+
+
+def attention_loop(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
+    """The definition, one query of one head at a time."""
+    batch, sequence, heads, head_dim = q.shape
+    group = heads // k.shape[2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    rows = []
+    for start, end in itertools.pairwise(bounds):
+        for i in range(start, end):
+            for head in range(heads):
+                keys, values = k[start : i + 1, head // group], v[start : i + 1, head // group]
+                rows.append((keys @ q[i, head] / head_dim**0.5).softmax(dim=0) @ values)
+    return torch.stack(rows).view(batch, sequence, heads, head_dim)
+
+
+@st.composite
+def packed(draw):
+    """(batch, sequence, heads, kv_heads, bounds or None): segments may be empty and may cross rows."""
+    batch, sequence = draw(st.integers(1, 2)), draw(st.integers(1, 9))
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    inner = draw(st.none() | st.lists(st.integers(0, batch * sequence), max_size=4))
+    bounds = None if inner is None else [0, *sorted(inner), batch * sequence]
+    return batch, sequence, kv_heads * group, kv_heads, bounds
+
+
+@settings(max_examples=40, deadline=None)
+@given(packed(), st.integers(0, 2**31))
+def test_attention_torch_is_the_definition(shape, seed):
+    batch, sequence, heads, kv_heads, bounds = shape
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(batch, sequence, count, 8, generator=generator, requires_grad=True)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    out = attention_torch(q, k, v, None if bounds is None else torch.tensor(bounds, dtype=torch.int32))
+    rows = list(range(0, batch * sequence + 1, sequence))
+    expected = attention_loop(q, k, v, rows if bounds is None else bounds)
+    # Means of at most 18 values up to 4: fp32's 6e-8 times a handful of roundings.
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+    weights = torch.randn(out.shape, generator=generator)
+    grads, expected_grads = (torch.autograd.grad(x, (q, k, v), weights) for x in (out, expected))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        # Sums over up to 18 queries and 3 heads of products of three such values.
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 100, 101, 700, 1024]])
+def test_attention_torch_in_bf16_has_softmax_in_fp32(bounds):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 512, heads, 32, generator=generator).bfloat16() for heads in (4, 2, 2))
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    out = attention_torch(q, k, v, cu_seqlens)
+    expected = attention_torch(q.float(), k.float(), v.float(), cu_seqlens)
+    assert out.dtype == torch.bfloat16
+    # Weights and the result are rounded to bf16 (2^-9 relative each) of values up to max |v|; a softmax that sums 512
+    # terms in bf16 (8 bits) would be off by a large part of itself.
+    assert (out.float() - expected).abs().max() <= 2 * 2**-9 * v.float().abs().max()
+
+
+# A stand-in for the flash-attn package with its signatures (Dao-AILab/flash-attention, flash_attn_interface.py, 2.x).
+FLASH_ATTN = """
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return sdpa(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                           softmax_scale=None, causal=False):
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert (max_seqlen_q, max_seqlen_k) == (8, 8)
+    bounds = cu_seqlens_q.tolist()
+    parts = [flash_attn_func(*(x[None, a:b] for x in (q, k, v)), causal=causal) for a, b in zip(bounds, bounds[1:])]
+    return torch.cat(parts, dim=1)[0]
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Writes modules that are found before any installed ones, and forgets them afterwards."""
+
+    tops = ("apex", "flash_attn", "normalization")
+
+    def loaded() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] in tops]
+
+    def write(files: dict[str, str]) -> None:
+        for name, source in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(source)
+        for name in loaded():
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield write
+    for name in loaded():
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 3, 10, 10, 18, 20]])
+def test_attention_flash_calls_the_package_rightly(package, bounds):
+    package({"flash_attn.py": FLASH_ATTN})
+    q, k, v = (torch.randn(2, 10, heads, 8) for heads in (4, 2, 2))
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    assert torch.equal(attention_flash(q, k, v, cu_seqlens), attention_torch(q, k, v, cu_seqlens))
+
+
+# ---- dispatch
+
+
+@pytest.mark.parametrize("operation", dispatch.TABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_takes_torch_and_says_why(operation, dtype):
+    choice = dispatch.choose(operation, device=CPU, dtype=dtype)
+    assert choice.name == "torch"
+    assert choice.function is dispatch.TABLE[operation]["torch"].function
+    assert "it needs a CUDA device and this one is cpu" in choice.reason
+    assert dispatch.choose(operation, "torch", device=CPU, dtype=dtype).function is choice.function
+
+
+def test_cuda_takes_triton_for_rope():
+    pytest.importorskip("triton")
+    assert dispatch.choose("rope", device=CUDA, dtype=torch.bfloat16).function is rope_triton
+
+
+def test_a_backend_that_cannot_serve_is_refused_with_the_mend():
+    with pytest.raises(UserError, match="'triton' of rope cannot serve here: it needs a CUDA device") as error:
+        dispatch.choose("rope", "triton", device=CPU, dtype=torch.float32)
+    assert "take one of auto, torch" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="rope has no backend 'cuda': take one of auto, triton, torch"):
+        dispatch.choose("rope", "cuda", device=CPU, dtype=torch.float32)
+
+
+def test_flash_attn_serves_cuda_in_bf16_only(package):
+    package({"flash_attn.py": FLASH_ATTN})
+    assert dispatch.choose("attention", device=CUDA, dtype=torch.bfloat16).function is attention_flash
+    choice = dispatch.choose("attention", device=CUDA, dtype=torch.float32)
+    assert (choice.name, choice.reason) == ("torch", "not flash_attn: it computes in bfloat16 and this is float32")
+
+
+def test_flash_attn_that_does_not_load_is_passed_over_aloud(package):
+    package({"flash_attn.py": "raise ImportError('flash_attn_2_cuda.so:\\n undefined symbol')"})
+    choice = dispatch.choose("attention", device=CUDA, dtype=torch.bfloat16)
+    assert choice.name == "torch"
+    assert "installed but does not import: flash_attn_2_cuda.so: undefined symbol" in choice.reason
+
+
+def test_explain_has_a_row_for_every_backend():
+    rows = {(row.operation, row.backend): row for row in dispatch.explain(CPU)}
+    assert set(rows) == {(operation, name) for operation, backends in dispatch.TABLE.items() for name in backends}
+    assert rows["rope", "torch"] == dispatch.Row("rope", "torch", chosen=True, refusal=None)
+    assert not rows["rope", "triton"].chosen
+    assert "cpu" in rows["rope", "triton"].refusal
+
+
+RMS_NORM = "class FusedRMSNorm: pass"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        # PyPI's: importing it fails for want of its web framework.
+        ({"apex/__init__.py": "import no_such_web_framework", "apex/views.py": ""}, False),
+        # A module, not a package, next to an unrelated top-level `normalization`.
+        ({"apex.py": "raise RuntimeError", "normalization/__init__.py": RMS_NORM}, False),
+        # Folders that are not packages.
+        ({"apex/normalization/readme.py": RMS_NORM}, False),
+        # NVIDIA's from before FusedRMSNorm, and the real one.
+        ({"apex/__init__.py": "", "apex/normalization/__init__.py": "class FusedLayerNorm: pass"}, False),
+        ({"apex/__init__.py": "", "apex/normalization/__init__.py": RMS_NORM}, True),
+    ],
+    ids=["pypi", "module", "folder", "old", "nvidia"],
+)
+def test_only_the_apex_of_nvidia_counts(package, files, expected):
+    package(files)
+    assert dispatch.nvidia_apex_available() is expected
+    if "apex/normalization/__init__.py" not in files:
+        assert "apex" not in sys.modules
+
+
+if __name__ == "__main__":
+    results: dict = {"imported": [name for name in ("triton", "flash_attn", "apex") if name in sys.modules]}
+    for label, case in CASES.items():
+        results[label] = {key: x.detach() for key, x in rotate_and_differentiate(rope_triton, case).items()}
+    results["saved"] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: results["saved"].append(x) or x, lambda x: x):
+        rope_triton(*CASES["fused"].inputs(), 1e6)
+    torch.save(results, sys.argv[1])

@@ -1,0 +1,111 @@
+"""Recipes: bases, overrides, presets, and mistakes that name the key and the mend."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megacode.errors import UserError
+from megacode.recipe import Recipe, load
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text(
+        "run: here\nmodel: {preset: nano}\ntokenizer: {path: t}\ndata: {train: d}\n"
+        "batch: {global_samples: 8, micro_samples: 2, sequence_length: 16}\n"
+        "optimizer: {learning_rate: 3e-4}\nschedule: {steps: 10, warmup_steps: 2}\n"
+    )
+    return path
+
+
+def test_numbers_without_a_dot_are_numbers(base):
+    assert load(base).optimizer.learning_rate == 3e-4
+    assert load(base, ["optimizer.learning_rate=1e-3"]).optimizer.learning_rate == 1e-3
+
+
+def test_a_variant_says_what_differs(base, tmp_path):
+    variant = tmp_path / "variant.yaml"
+    variant.write_text("base: base.yaml\nschedule: {steps: 20}\nmodel: {kv_heads: 4}\n")
+    recipe = load(variant, ["run=there", "parallel.zero=3"])
+    assert (recipe.schedule.steps, recipe.schedule.warmup_steps) == (20, 2)
+    assert (recipe.model.kv_heads, recipe.model.layers) == (4, 4)
+    assert (recipe.run, recipe.parallel.zero) == ("there", 3)
+
+
+def test_a_base_that_leads_back_is_refused(base):
+    base.write_text("base: base.yaml\n")
+    with pytest.raises(UserError, match="leads back"):
+        load(base)
+
+
+def test_a_saved_recipe_loads_back_equal(base, tmp_path):
+    recipe = load(base, ["parallel.zero=2", "model.vocabulary=100"])
+    recipe.save(tmp_path / "saved.yaml")
+    assert load(tmp_path / "saved.yaml") == recipe
+
+
+def test_every_field_has_a_help_text():
+    def check(section):
+        for name, field in section.model_fields.items():
+            nested = isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields")
+            assert nested or field.description or name == "preset", f"{section.__name__}.{name}"
+            if nested:
+                check(field.annotation)
+
+    check(Recipe)
+
+
+def test_shipped_recipes_load():
+    paths = sorted((ROOT / "launchers" / "recipes").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rat=1", r"optimizer\.learning_rat: unknown key; did you mean learning_rate\?"),
+        ("modle.layers=1", r"modle: unknown key; did you mean model\?"),
+        ("model.preset=giant", "preset 'giant' is unknown; known are code-llama-7b"),
+        ("model.heads=3", r"model: hidden \(64\) must be a multiple of heads \(3\)"),
+        ("model.kv_heads=3", r"heads \(4\) must be a multiple of kv_heads \(3\)"),
+        ("batch.micro_samples=two", r"batch\.micro_samples: .*integer, not 'two'"),
+        ("batch.micro_samples=1.5", r"batch\.micro_samples: .*integer, not 1\.5"),
+        ("schedule.steps=0", r"schedule\.steps: .*greater than 0, not 0"),
+        ("schedule.warmup_steps=10", r"warmup_steps \(10\) must be below steps \(10\)"),
+        ("precision=fp16", r"precision: .*'bf16' or 'fp32', not 'fp16'"),
+        ("parallel.zero=0", r"parallel\.zero: .*1, 2 or 3, not 0"),
+        ("parallel.gather=step", None),
+        ("parallel.gather=microbatch", r"gather: microbatch needs zero: 3, and zero is 1"),
+        ("parallel.reduce=microbatch", r"reduce: microbatch needs zero: 2 or 3"),
+        ("parallel.virtual_stages=2", r"virtual_stages above 1 needs pipeline above 1"),
+        ("batch.sequence_length=4096", r"batch\.sequence_length \(4096\) is beyond model\.max_positions \(2048\)"),
+        ("run", "is not key.path=value"),
+        ("run.folder=x", "run is a value, not a section"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_mend(base, override, message):
+    if message is None:
+        load(base, [override])
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        load(base, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_recipe(tmp_path, base):
+    with pytest.raises(UserError, match=r"cannot read the recipe .*missing\.yaml: No such file"):
+        load(tmp_path / "missing.yaml")
+    for text, message in (("a: [", "is not YAML"), ("- 1", "holds no recipe"), ("", "holds no recipe")):
+        base.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load(base)
+    values = {"run": "x"}
+    base.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="model: is missing"):
+        load(base)

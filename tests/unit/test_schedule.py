@@ -1,0 +1,94 @@
+"""Pipeline schedules, as lists: complete, ordered, free of deadlock, lean; and the learning rate."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.training import recipe
+
+from megacode.parallel.schedule import forwards_only, one_f_one_b
+from megacode.train.schedule import learning_rate
+
+CASES = st.tuples(st.integers(1, 6), st.integers(1, 12)).map(lambda c: (c[0], c[1], 1)) | st.tuples(
+    st.integers(2, 5), st.integers(1, 4), st.integers(2, 4)
+).map(lambda c: (c[0], c[0] * c[1], c[2]))
+"""(pipeline, micro-batches, virtual stages)"""
+
+
+@given(CASES)
+def test_each_micro_batch_goes_forward_and_then_back_through_each_chunk_once(case):
+    pipeline, num_micro_batches, virtual = case
+    for rank in range(pipeline):
+        operations = one_f_one_b(pipeline, rank, num_micro_batches, virtual)
+        assert len(set(operations)) == len(operations) == 2 * num_micro_batches * virtual
+        for chunk in range(virtual):
+            for m in range(num_micro_batches):
+                forward, backward = (
+                    next(i for i, o in enumerate(operations) if (o.kind, o.chunk, o.micro_batch) == (kind, chunk, m))
+                    for kind in ("forward", "backward")
+                )
+                assert forward < backward
+
+
+def replay(schedules, pipeline, virtual):
+    """Run all ranks' lists, each operation as soon as its input is there; the set of what could not run."""
+    last = pipeline * virtual - 1
+    done = set()
+    position = [0] * pipeline
+    progress = True
+    while progress:
+        progress = False
+        for rank, operations in enumerate(schedules):
+            while position[rank] < len(operations):
+                o = operations[position[rank]]
+                stage = o.chunk * pipeline + rank
+                if o.kind == "forward":
+                    ready = stage == 0 or ("forward", stage - 1, o.micro_batch) in done
+                else:
+                    ready = (stage == last or ("backward", stage + 1, o.micro_batch) in done) and (
+                        "forward", stage, o.micro_batch) in done  # fmt: skip
+                if not ready:
+                    break
+                done.add((o.kind, stage, o.micro_batch))
+                position[rank] += 1
+                progress = True
+    return [operations[p:] for operations, p in zip(schedules, position, strict=True)]
+
+
+@given(CASES)
+def test_no_deadlock(case):
+    pipeline, num_micro_batches, virtual = case
+    schedules = [one_f_one_b(pipeline, rank, num_micro_batches, virtual) for rank in range(pipeline)]
+    assert replay(schedules, pipeline, virtual) == [[] for _ in range(pipeline)]
+    forwards = [forwards_only(pipeline, num_micro_batches, virtual) for _ in range(pipeline)]
+    assert replay(forwards, pipeline, virtual) == [[] for _ in range(pipeline)]
+
+
+@given(CASES)
+def test_activations_in_flight_stay_within_the_theory(case):
+    pipeline, num_micro_batches, virtual = case
+    for rank in range(pipeline):
+        held = most = 0
+        for o in one_f_one_b(pipeline, rank, num_micro_batches, virtual):
+            held += 1 if o.kind == "forward" else -1
+            most = max(most, held)
+        # Narayanan et al. 2021, section 2.2: the warm-up forwards and one more.
+        limit = pipeline - rank if virtual == 1 else 2 * (pipeline - rank - 1) + (virtual - 1) * pipeline + 1
+        assert most == min(limit, num_micro_batches * virtual)
+
+
+def test_learning_rate_warms_up_to_the_peak_and_ends_at_a_thirtieth():
+    config = recipe(optimizer={"learning_rate": 3e-4}, schedule={"steps": 100, "warmup_steps": 10})
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([3e-4 * (i + 1) / 10 for i in range(10)])
+    assert max(rates) == rates[9] == pytest.approx(3e-4)
+    assert all(a > b for a, b in pairwise(rates[9:]))
+    assert rates[-1] == pytest.approx(1e-5)
+    # half-way down the cosine: the mean of peak and end
+    assert rates[54] == pytest.approx(0.5 * (3e-4 + 1e-5))
+
+
+def test_learning_rate_without_warm_up_starts_at_the_peak():
+    config = recipe(optimizer={"learning_rate": 1.0}, schedule={"steps": 3, "warmup_steps": 0})
+    assert [learning_rate(config, step) for step in range(3)] == pytest.approx([1.0, 0.5 * (1 + 1 / 30), 1 / 30])

@@ -1,0 +1,59 @@
+"""megacode tokenizer: train a tokenizer, and check one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megacode.data.corpus import EXCLUDE, SUFFIXES, Corpus
+from megacode.tools.prepare import Excludes, Inputs, Suffixes, TextKey, reading_bar
+
+app = typer.Typer(help="Train a SentencePiece tokenizer with the infilling pieces, or check one.", no_args_is_help=True)
+
+
+@app.command()
+def train(
+    inputs: Inputs,
+    output: Annotated[Path, typer.Option(help="The model to write.")],
+    pieces: Annotated[int, typer.Option(help="Rows of the base, 259 of them fixed; 16 more are appended.")] = 4096,
+    max_mib: Annotated[int, typer.Option(help="How much text to train on, in MiB; it is held in memory.")] = 1024,
+    suffix: Suffixes = None,
+    exclude: Excludes = None,
+    text_key: TextKey = "text",
+) -> None:
+    """Train a SentencePiece BPE model with byte fallback and Code Llama's sixteen rows behind it.
+
+    Example: megacode tokenizer train src/ --output tokenizer.model --pieces 32000
+    """
+    from megacode.data.prepare import train_tokenizer
+    from megacode.data.tokenizer import Tokenizer
+
+    corpus = Corpus(inputs, suffixes=suffix or SUFFIXES, exclude=exclude or EXCLUDE, text_key=text_key)
+    with reading_bar("Reading", corpus) as on_document:
+        train_tokenizer(corpus, output, pieces, max_bytes=max_mib << 20, on_document=on_document)
+    typer.echo(f"{output}: {Tokenizer(output).vocabulary:,} rows")
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A SentencePiece model.")],
+    texts: Annotated[int, typer.Option(help="Random texts to try.")] = 10000,
+) -> None:
+    """Print a tokenizer's rows, and try whether text can become a special piece or gets lost.
+
+    Exits with 1 if it can. Example: megacode tokenizer check tokenizer.model
+    """
+    from megacode.data.tokenizer import Tokenizer, find_fault
+
+    tokenizer = Tokenizer(path)
+    typer.echo(f"vocabulary: {tokenizer.vocabulary:,} rows")
+    typer.echo(f"BOS {tokenizer.bos}, EOS {tokenizer.eos}")
+    if tokenizer.has_infilling:
+        ids = tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id, tokenizer.eot_id
+        typer.echo("infilling: PRE {}, SUF {}, MID {}, EOT {}".format(*ids))
+    else:
+        typer.echo("infilling: this tokenizer has no pieces for it")
+    fault = find_fault(tokenizer, texts)
+    typer.echo(fault or f"{texts:,} random texts that spell special pieces: none became one, all came back")
+    if fault:
+        raise typer.Exit(1)
