@@ -4,6 +4,7 @@ DeepSpeed's PipelineEngine refuses ZeRO-2 and 3. A plain engine does not know th
 needs is in `private`, one function a cure.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -27,6 +28,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def start_deepspeed() -> None:
     """Let DeepSpeed find the initialised torch.distributed. Once a process, before any engine."""
     private.check_version()
+    # DeepSpeed calls collectives by names that torch has renamed; its users can't mend that.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     private.skip_shared_memory_op()
     deepspeed.init_distributed(verbose=False)
 

@@ -53,6 +53,12 @@ class Trainer:
             if last or step % checkpoint.every_steps == 0:
                 self.save()
 
+    def finish(self) -> None:
+        """Say that the run is finished, with every rank's peak memory. Waits for all ranks."""
+        memory = writer(self.mesh).gather(memory_bytes(self.device))
+        if memory is not None:
+            write_status(Path(self.recipe.run), "finished", step=self.progress.step, memory_bytes=memory)
+
     def step(self) -> None:
         """One optimizer step."""
         started = time.monotonic()
@@ -103,7 +109,7 @@ class Trainer:
         run = Path(self.recipe.run)
         parts = {name: part_of(parameter) for name, parameter in self.engine.parameters.items()}
         folder = store.step_folder(run, self.progress.step)
-        store.save(folder, self.recipe, self.progress, parts, self.engine.read, _writer(self.mesh))
+        store.save(folder, self.recipe, self.progress, parts, self.engine.read, writer(self.mesh))
         if self.mesh.rank == 0:
             write_status(run, "running", step=self.progress.step, checkpoint=str(folder))
             print(f"step {self.progress.step}: checkpoint in {folder}", flush=True)
@@ -139,7 +145,7 @@ def start(
     run = Path(recipe.run)
     newest = store.newest(run)
     if newest is not None:
-        progress = _resume(engine, CheckpointReader(newest), recipe, mesh)
+        progress = resume(engine, CheckpointReader(newest), mesh)
     else:
         progress = Progress(step=0, next_sample=0, adam_step=0, seed=recipe.seed)
         _initialise(engine, recipe)
@@ -178,7 +184,12 @@ def check_run_folder(recipe: Recipe) -> None:
         )
 
 
-def _resume(engine: ZeroEngine, reader: CheckpointReader, recipe: Recipe, mesh: Mesh) -> Progress:
+def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress:
+    """Load weights, Adam's state and progress from a checkpoint of any layout, after checking its files.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
     reader.verify(mesh.rank, dist.get_world_size())
     engine.set_optimizer_step(reader.progress.adam_step)
     for name, parameter in engine.parameters.items():
@@ -205,7 +216,8 @@ def _to_device(batch: HostBatch, device: torch.device) -> MicroBatch:
     return MicroBatch(move(batch.tokens), move(batch.labels), move(batch.positions), cu_seqlens)
 
 
-def _writer(mesh: Mesh) -> Writer:
+def writer(mesh: Mesh) -> Writer:
+    """This rank, as `store.save` asks for it."""
     group = mesh.control_group
 
     def gather(value: Any) -> list[Any] | None:

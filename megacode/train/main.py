@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megacode import plan, recipe
+from megacode.checkpoint import store
 from megacode.data.tokenizer import Tokenizer
 from megacode.engine.config import deepspeed_config
 from megacode.engine.zero import start_deepspeed
@@ -44,15 +45,15 @@ def main(arguments: list[str]) -> int:
         start_deepspeed()
         trainer = loop.start(config, layout, mesh, device, stream, validation)
         trainer.run()
-        dist.barrier(group=mesh.control_group)
-        if rank == 0:
-            write_status(Path(config.run), "finished", step=trainer.progress.step)
+        trainer.finish()
         dist.destroy_process_group()
     except Exception as error:
         # A rank that raises must end at once and loudly: the others sit in collectives that it will never enter, and
         # the launcher ends them when this process is gone. Interpreter shutdown could wait for those collectives.
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        write_status(Path(config.run), "failed", rank=rank, message=f"{type(error).__name__}: {error}")
+        run = Path(config.run)
+        message = f"{type(error).__name__}: {error}"
+        write_status(run, "failed", rank=rank, message=message, checkpoint=str(store.newest(run)))
         os._exit(2 if isinstance(error, UserError) else 1)
     return 0
 
@@ -88,23 +89,20 @@ def _load(options: argparse.Namespace) -> Recipe:
 
 
 def _start_process_group(local_rank: int, timeout_seconds: float) -> torch.device:
-    timeout = timedelta(seconds=timeout_seconds)
-    # The variables of a launcher, or of a single process started by hand.
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-    }.items():
+    """The device of this rank, with torch.distributed up: NCCL where there are GPUs, else gloo."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in alone.items():  # a single process may be started by hand, without a launcher
         os.environ.setdefault(name, value)
+    timeout = timedelta(seconds=timeout_seconds)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
         return device
-    torch.set_num_threads(
-        max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
-    )
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
+        # gloo guesses an interface from the host's name, and at random waits for ever on a host with odd ones.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", timeout=timeout)
     return torch.device("cpu")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from megacode.plan import layout as fit
 from megacode.recipe import Recipe
 
 SEED = 7
+VALIDATION_STEP = 100
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -46,6 +48,8 @@ class Outcome:
     norms: list[float] = field(default_factory=list)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    validation: float = 0.0
+    """Summed negative log-likelihood of a step's samples that no step has, under the last weights."""
     gathers: list[int] = field(default_factory=list)
     """Largest number of gathers of a parameter, each step."""
 
@@ -101,18 +105,44 @@ def reference(config: Recipe, steps: int) -> Outcome:
         outcome.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip or 1e9)))
         optimizer.step()
     outcome.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    batch = micro_batch(config, *samples(config, VALIDATION_STEP))
+    with torch.no_grad():
+        outcome.validation = float(model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels))
     return outcome
 
 
-def parallel(config: Recipe, steps: int, context: int = 1, without: tuple[str, ...] = ()) -> list[Any]:
+def validation(config: Recipe, engine: Any, mesh: Any) -> float:
+    """A validation in the recipe's layout, twice: the second goes by the trace that the first recorded."""
+    tokens, labels = samples(config, VALIDATION_STEP)
+    size, ranks = config.batch.micro_samples, mesh.zero_size
+    rows = [slice(first + mesh.zero_rank * size, first + (mesh.zero_rank + 1) * size)
+            for first in range(0, len(tokens), ranks * size)]  # fmt: skip
+    results = []
+    for _ in range(2):
+        total = engine.evaluate([micro_batch(config, tokens[r], labels[r]) for r in rows])
+        dist.all_reduce(total)
+        results.append(float(total) / mesh.tensor)
+    assert results[0] == results[1]
+    return results[0]
+
+
+def parallel(
+    config: Recipe, steps: int, context: int = 1, without: tuple[str, ...] = (), load: Path | None = None,
+    save: Path | None = None,
+) -> list[Any]:  # fmt: skip
     """A rank's part of the training in the recipe's layout; `without` names cures to leave out, see WITHOUT.
+
+    Goes on from the checkpoint `load` (for `steps` more steps) and leaves the checkpoint `save`, where given.
 
     Context ranks are fed like data ranks here (each its own samples), which is all that the engine sees of them.
     Returns [outcome, {name: Slice}], with gradients and weights of this rank's tensors, on the first data rank only.
     """
+    from megacode.checkpoint import store
+    from megacode.checkpoint.store import CheckpointReader, Progress
     from megacode.engine import private
     from megacode.engine.zero import ZeroEngine, start_deepspeed
     from megacode.parallel import mesh as meshes
+    from megacode.train.loop import resume, writer
 
     start_deepspeed()
     plan = fit(config, dist.get_world_size())
@@ -121,13 +151,18 @@ def parallel(config: Recipe, steps: int, context: int = 1, without: tuple[str, .
             stack.enter_context(mock.patch(*WITHOUT[name]()))
         mesh = meshes.build_mesh(plan.pipeline, plan.data // context, plan.tensor, context)
         engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
-        for name, parameter in engine.parameters.items():
-            part = part_of(parameter)
-            engine.write(name, part.take(initial_values(name, part, SEED)))
+        progress = Progress(step=0, next_sample=0, adam_step=0, seed=SEED)
+        if load is not None:
+            progress = resume(engine, CheckpointReader(load), mesh)
+        else:
+            for name, parameter in engine.parameters.items():
+                part = part_of(parameter)
+                engine.write(name, part.take(initial_values(name, part, SEED)))
+        first = progress.step
         outcome, counts = Outcome(), Counter()
         private.num_gathers(engine.zero, lambda parameter: counts.update([parameter.ds_id]))
         size, ranks = config.batch.micro_samples, mesh.zero_size
-        for step in range(steps):
+        for step in range(first, first + steps):
             tokens, labels = samples(config, step)
             counts.clear()
             rows = [slice((m * ranks + mesh.zero_rank) * size, (m * ranks + mesh.zero_rank + 1) * size)
@@ -135,7 +170,7 @@ def parallel(config: Recipe, steps: int, context: int = 1, without: tuple[str, .
             loss = engine.train_step(
                 [micro_batch(config, tokens[r], labels[r]) for r in rows], ranks / (labels != IGNORE).sum()
             )
-            if step == 0:
+            if step == first:
                 outcome.gradients = {name: engine.read(name, "gradient").float().clone() for name in engine.parameters}
             outcome.norms.append(engine.update(config.optimizer.learning_rate))
             # Every tensor rank of the last stage has the same loss.
@@ -143,7 +178,12 @@ def parallel(config: Recipe, steps: int, context: int = 1, without: tuple[str, .
             outcome.losses.append(float(loss / (labels != IGNORE).sum() / mesh.tensor))
             outcome.gathers.append(max(counts.values(), default=0))
         outcome.weights = {name: engine.read(name).clone() for name in engine.parameters}
+        outcome.validation = validation(config, engine, mesh)
         parts = {name: part_of(parameter) for name, parameter in engine.parameters.items()}
+        if save is not None:
+            done = first + steps
+            progress = Progress(done, done * config.batch.global_samples, engine.optimizer_step, SEED)
+            store.save(save, config, progress, parts, engine.read, writer(mesh))
         engine.engine.destroy()
     return [outcome if mesh.zero_rank == 0 else Outcome(outcome.losses, outcome.norms, gathers=outcome.gathers), parts]
 
@@ -234,9 +274,12 @@ def deviation(expected: Outcome, ranks: list[tuple[Outcome, dict[str, Slice]]]) 
 
     "all gradients" is the relative error of the gradient as one vector (tensor-replicated parameters count per rank).
     """
-    worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0}
+    worst = {"loss": 0.0, "validation": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0}
     total = 0.0
     for outcome, parts in ranks:
+        if outcome.validation:
+            error = abs(outcome.validation - expected.validation) / expected.validation
+            worst["validation"] = max(worst["validation"], error)
         for key, have, want in (("loss", outcome.losses, expected.losses), ("norm", outcome.norms, expected.norms)):
             assert len(have) == len(want)
             worst[key] = max(worst[key], *(abs(h - w) / abs(w) for h, w in zip(have, want, strict=True)))
