@@ -48,6 +48,17 @@ def test_document_masks(worlds, zero):
     check(worlds(4), config)
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_the_vocabularys_padding_stays_zero(worlds, zero):
+    """61 rows over two ranks are padded to 64: no loss, gradient, norm or weight decay ever reaches the other three."""
+    config = recipe(parallel={"tensor": 2, "zero": zero})
+    ranks = worlds(2).run(parallel, config, 3)
+    shapes = [parts["lm_head.weight"] for _, parts in ranks]
+    assert [part.stop - part.start for part in shapes] == [32, 29]
+    assert all(outcome.padding == 0 for outcome, _ in ranks)
+    assert deviation(reference(config, 3), ranks)["norm"] < NORM
+
+
 def test_uneven_stages(worlds):
     check(worlds(4), recipe(parallel={"pipeline": 4, "zero": 3}, model={"layers": 6}))
 

@@ -50,6 +50,8 @@ class Outcome:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     validation: float = 0.0
     """Summed negative log-likelihood of a step's samples that no step has, under the last weights."""
+    padding: float = 0.0
+    """Largest magnitude in the vocabulary's padding rows, at the end."""
     gathers: list[int] = field(default_factory=list)
     """Largest number of gathers of a parameter, each step."""
 
@@ -109,6 +111,16 @@ def reference(config: Recipe, steps: int) -> Outcome:
     with torch.no_grad():
         outcome.validation = float(model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels))
     return outcome
+
+
+def padding(engine: Any, name: str) -> float:
+    from megacode.engine import private
+
+    parameter = engine.parameters[name]
+    part, local = part_of(parameter), private.read(parameter)
+    if part.dim is None:
+        return 0.0
+    return float(local.narrow(part.dim, part.stop - part.start, local.shape[part.dim] - part.stop + part.start).norm())
 
 
 def validation(config: Recipe, engine: Any, mesh: Any) -> float:
@@ -179,6 +191,7 @@ def parallel(
             outcome.gathers.append(max(counts.values(), default=0))
         outcome.weights = {name: engine.read(name).clone() for name in engine.parameters}
         outcome.validation = validation(config, engine, mesh)
+        outcome.padding = max(padding(engine, name) for name in engine.parameters)
         parts = {name: part_of(parameter) for name, parameter in engine.parameters.items()}
         if save is not None:
             done = first + steps
