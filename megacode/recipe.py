@@ -66,7 +66,7 @@ class ModelSection(Section):
         name = data.get("preset") if isinstance(data, dict) else None
         if name is None:
             return data
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown; known are {', '.join(PRESETS)}")
         return {**PRESETS[name], **data}
 
@@ -193,7 +193,7 @@ class LoggingSection(Section):
     validate_every_steps: int = Field(default=1000, gt=0)
     """A validation after every so many steps, and one at the end."""
     validation_samples: int | None = Field(default=None, gt=0)
-    """Sequences of one validation; left out, the whole validation set."""
+    """Sequences of one validation, in whole batches of global_samples; left out, the whole validation set."""
 
 
 class FaultsSection(Section):
@@ -269,6 +269,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no recipe: it must be a YAML mapping with the sections model, data, batch, ...")
     base = values.pop("base", None)
+    values = {key: value for key, value in values.items() if value is not None}  # a section left empty
     if base is None:
         return values
     return _merge(_read(path.parent / str(base), (*seen, path.resolve())), values)

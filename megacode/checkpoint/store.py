@@ -2,7 +2,7 @@
 
 A folder step_00000100/ holds manifest.json, recipe.yaml, tokenizer.model, and for each rank that keeps something
 weights_RANK.safetensors (fp32) and optimizer_RANK.safetensors (Adam's moments). Parameter i of a stage is kept by data
-rank i mod data ranks: device memory of one parameter, host memory of the rank's share.
+rank i mod data ranks: device memory of one parameter and its moments, host memory of the rank's share.
 """
 
 import hashlib
@@ -39,6 +39,10 @@ class Progress:
     """Adam's step count (bias correction)."""
     seed: int
     """The run's seed."""
+    sequence_length: int
+    """Tokens of a sample: sample numbers have a meaning only together with this and the corpus."""
+    num_tokens: int
+    """Length of the training corpus."""
 
 
 Read = Callable[[str, str], Tensor]
@@ -126,6 +130,7 @@ def _write_share(partial: Path, parts: dict[str, Slice], read: Read, writer: Wri
             if content:
                 path = partial / f"{kind}_{writer.rank:05d}.safetensors"
                 save_file(content, path)
+                _sync(path)
                 files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
     return {"problem": _try(write), "rank": writer.rank, "files": files, "tensors": tensors}
@@ -150,6 +155,7 @@ def _finish(partial: Path, folder: Path, recipe: Recipe, progress: Progress, rep
     recipe.save(partial / "recipe.yaml")
     shutil.copyfile(recipe.tokenizer.path, partial / "tokenizer.model")
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync(partial / "manifest.json")
     os.replace(partial, folder)
 
 
@@ -184,7 +190,7 @@ class CheckpointReader:
                 f"{folder} holds no checkpoint (manifest.json: {error.strerror}); name a step_* folder of a run"
             ) from None
         except ValueError:
-            raise UserError(f"{path} is damaged (not JSON); take another checkpoint of the run") from None
+            raise UserError(f"{path} is damaged (not JSON); remove the folder to go on from an earlier one") from None
         if manifest.get("format") != FORMAT:
             raise UserError(f"{path} has format {manifest.get('format')}, this megacode reads {FORMAT}")
         self.manifest = manifest
@@ -230,7 +236,9 @@ class CheckpointReader:
                 pieces.append(self._read_slice(piece["rank"], name, key, dim, first - low, last - low))
         value = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
         if value.shape[dim] != stop - start:
-            raise UserError(f"{self.folder}/manifest.json lacks slices of {name}; take another checkpoint of the run")
+            raise UserError(
+                f"{self.folder}/manifest.json lacks slices of {name}; remove the folder to go on from an earlier one"
+            )
         return value
 
     def _read_slice(self, rank: int, name: str, key: str, dim: int | None, start: int, stop: int) -> Tensor:
@@ -243,7 +251,9 @@ class CheckpointReader:
                 view = file.get_slice(tensor)
                 return view[start:stop] if dim == 0 else view[:, start:stop]
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); take another checkpoint of the run") from None
+            raise UserError(
+                f"{path} cannot be read ({error}); remove the folder to go on from an earlier one"
+            ) from None
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Compare sizes and checksums of every `shares`-th file with the manifest.
@@ -254,16 +264,26 @@ class CheckpointReader:
         for number, (name, entry) in enumerate(sorted(self.manifest["files"].items())):
             path = self.folder / name
             if not path.is_file():
-                raise UserError(f"{path} is missing; take another checkpoint of the run")
+                raise UserError(f"{path} is missing; remove the folder to go on from an earlier one")
             if path.stat().st_size != entry["bytes"]:
-                raise UserError(f"{path} has not the size that it was written with; take another checkpoint of the run")
+                raise UserError(
+                    f"{path} has not the size that it was written with; remove the folder to go on from an earlier one"
+                )
             if number % shares == share and _sha256(path) != entry["sha256"]:
-                raise UserError(f"{path} is damaged (its checksum differs); take another checkpoint of the run")
+                raise UserError(
+                    f"{path} is damaged (its checksum differs); remove the folder to go on from an earlier one"
+                )
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the file on the disk, not only in memory, before the folder gets its name."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _try(action: Callable[[], None]) -> str | None:

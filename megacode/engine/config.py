@@ -20,6 +20,19 @@ RECIPE_OWNS = {
 }
 """Top-level keys of DeepSpeed that a recipe decides, and where it does."""
 
+ZERO_OWNS = {"stage3_max_reuse_distance": "parallel.gather"}
+"""Keys of zero_optimization that a recipe decides."""
+
+REFUSED = {
+    "amp": "arithmetic is bf16 or fp32, by the recipe's precision",
+    "torch_autocast": "arithmetic is bf16 or fp32, by the recipe's precision",
+    "zero_optimization.memory_efficient_linear": "it would replace F.linear for the whole process",
+    "zero_optimization.zero_hpz_partition_size": "checkpoints would not find the weights",
+    "zero_optimization.zero_quantized_weights": "checkpoints would not find the weights",
+    "zero_optimization.zero_quantized_gradients": "the reduced gradients would not be the step's",
+}
+"""Keys that what runs here does not stand, and why; false, 1 and auto are the same as leaving them out."""
+
 EVERYTHING = 10**13
 """More elements than any rank holds."""
 
@@ -35,6 +48,8 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     """
     config = _read(recipe.deepspeed_config) if recipe.deepspeed_config else {}
     zero = config.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f"{recipe.deepspeed_config}: zero_optimization must be a JSON object")
     _check(recipe, config, zero)
     for key in RECIPE_OWNS:
         config.pop(key, None)
@@ -78,12 +93,34 @@ def _check(recipe: Recipe, config: dict[str, Any], zero: dict[str, Any]) -> None
     stage = zero.get("stage", "auto")
     if stage not in ("auto", recipe.parallel.zero):
         raise UserError(
-            f"{path}: zero_optimization.stage is {stage} and the recipe's parallel.zero is {recipe.parallel.zero}; "
+            f"{path}: zero_optimization.stage is {stage!r} and the recipe's parallel.zero is {recipe.parallel.zero}; "
             f"make them equal"
         )
     for key, owner in RECIPE_OWNS.items():
         if config.get(key, "auto") != "auto":
             raise UserError(f"{path}: {key} is decided by the recipe's {owner}; remove it from the file or say auto")
+    for key, owner in ZERO_OWNS.items():
+        if zero.get(key, "auto") != "auto":
+            raise UserError(f"{path}: zero_optimization.{key} is decided by the recipe's {owner}; say auto")
+    for key, reason in REFUSED.items():
+        section, _, name = key.rpartition(".")
+        if (zero if section else config).get(name) not in (None, False, 1, "auto"):
+            raise UserError(f"{path}: {key} can't be used ({reason}); remove it")
+    _check_offload(recipe, zero)
+
+
+def _check_offload(recipe: Recipe, zero: dict[str, Any]) -> None:
+    path, parallel = recipe.deepspeed_config, recipe.parallel
+    for key in ("offload_param", "offload_optimizer"):
+        if (zero.get(key) or {}).get("device") == "nvme":
+            raise UserError(f"{path}: zero_optimization.{key}.device nvme can't be used; say cpu")
+    # DeepSpeed copies an offloaded chunk's gradients at the step's last backward only, which is another chunk's.
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if offload and parallel.virtual_stages > 1 and parallel.reduce_policy == "microbatch":
+        raise UserError(
+            f"{path}: zero_optimization.offload_optimizer with the recipe's parallel.virtual_stages above 1 needs "
+            f"parallel.reduce: step"
+        )
 
 
 def _fill(section: dict[str, Any], key: str, value: int) -> None:

@@ -1,6 +1,6 @@
 """Every private name of DeepSpeed that megacode touches, and the cures for running a pipeline over its ZeRO engines.
 
-Each function is one cure; tests/dist/test_traps.py shows for each what goes wrong without it. The names belong to
+Each function is one cure; docs/architecture.md lists them, tests/dist/ shows what goes wrong without. Names belong to
 DeepSpeed 0.19.8: `check_version` refuses another, since a name that moved would give wrong gradients, not an error.
 """
 
@@ -227,17 +227,3 @@ def read_gradient(parameter: nn.Parameter) -> Tensor:
     gradient = safe_get_full_grad(parameter)
     assert gradient is not None
     return gradient
-
-
-def num_gathers(zero: Any, count: Callable[[Any], None]) -> None:
-    """Call `count(parameter)` for every parameter that a ZeRO-3 gather fetches from now on (for tests and benches)."""
-    coordinator_class = partitioned_param_coordinator.PartitionedParameterCoordinator
-    name = "_PartitionedParameterCoordinator__all_gather_params_"
-    gather = getattr(coordinator_class, name)
-
-    def counted(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        for parameter in params:
-            count(parameter)
-        return gather(self, params, *args, **kwargs)
-
-    setattr(coordinator_class, name, counted)

@@ -25,9 +25,11 @@ from megacode.recipe import OptimizerSection, Recipe
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+check_version = private.check_version
+
+
 def start_deepspeed() -> None:
     """Let DeepSpeed find the initialised torch.distributed. Once a process, before any engine."""
-    private.check_version()
     # DeepSpeed calls collectives by names that torch has renamed; its users can't mend that.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     private.skip_shared_memory_op()
@@ -116,7 +118,7 @@ class ZeroEngine:
 
     @property
     def optimizer_step(self) -> int:
-        """Adam's step count."""
+        """Adam's step count: steps that were applied."""
         return private.adam_step(self.zero)
 
     @torch.no_grad()

@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+SLOWEST_WRITER = timedelta(hours=2)
+"""How long ranks wait for the one whose share of a checkpoint takes longest."""
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -24,13 +27,16 @@ class Mesh:
     data_rank: int
     context_rank: int
     tensor_rank: int
-    pipeline_group: ProcessGroup
     data_group: ProcessGroup
     tensor_group: ProcessGroup
     model_group: ProcessGroup
     """pipeline x tensor: the ranks that together hold one replica of the model."""
     control_group: ProcessGroup
     """All ranks, on gloo: for objects and barriers that must not wait for a device."""
+    edges: dict[tuple[int, int], ProcessGroup]
+    """(sending, receiving) global rank -> the group of transfers from one neighbour stage of this rank to the other.
+
+    One group a direction: on NCCL a group is one queue, and two directions in one queue wait for each other."""
 
     @property
     def zero_rank(self) -> int:
@@ -71,13 +77,25 @@ def build_mesh(pipeline: int, data: int, tensor: int, context: int = 1, timeout_
         assert mine is not None
         return mine
 
+    def edges() -> dict[tuple[int, int], ProcessGroup]:
+        mine = {}
+        for line in grid.permute(1, 2, 3, 0).reshape(-1, pipeline).tolist():
+            pairs = {
+                pair for a, b in zip(line, line[1:] + line[:1], strict=True) if a != b for pair in ((a, b), (b, a))
+            }
+            for pair in sorted(pairs):
+                made = dist.new_group(list(pair), timeout=timeout)
+                if rank in pair:
+                    mine[pair] = made
+        return mine
+
     return Mesh(
         rank, pipeline, data, context, tensor, pp, dp, cp, tp,
-        pipeline_group=group((1, 2, 3, 0), pipeline),
         data_group=group((0, 3, 1, 2), data * context),
         tensor_group=group((0, 1, 2, 3), tensor),
         model_group=group((1, 2, 0, 3), pipeline * tensor),
-        control_group=dist.new_group(list(range(world)), backend="gloo", timeout=timeout),
+        control_group=dist.new_group(list(range(world)), backend="gloo", timeout=max(timeout, SLOWEST_WRITER)),
+        edges=edges(),
     )  # fmt: skip
 
 

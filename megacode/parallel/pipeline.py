@@ -132,40 +132,32 @@ class Pipeline:
         batches: Sequence[MicroBatch],
         pending: list[tuple[dist.Work, Tensor]],
     ) -> tuple[Tensor | None, dist.Work | None]:
-        """Send one result and start receiving the next operation's input, as one batch.
+        """Send one result and start receiving the next operation's input.
 
-        In the steady state both neighbours send and receive at once: as one batch neither waits for the other's send,
-        on NCCL as on gloo. Sends stay in `pending`, with their tensors, until the end of the schedule.
+        Sends stay in `pending`, with their tensors, until the end of the schedule: nothing here waits. Each direction
+        between two ranks has a group of its own, and the schedules send and receive in it in the same order, which is
+        what NCCL goes by; gloo goes by the tags.
         """
-        ops: list[dist.P2POp] = []
-        keep: list[Tensor] = []
         if sent is not None:
             operation, tensor = sent
-            tensor = tensor.contiguous()
             step = 1 if operation.kind == "forward" else -1
-            stage = self._stage(operation) + step
-            ops.append(self._op(dist.isend, tensor, step, self._tag(step, stage, operation, len(batches))))
-            keep.append(tensor)
-        received = None
-        if following is not None:
-            stage = self._stage(following)
-            step = 1 if following.kind == "forward" else -1
-            if (stage > 0) if step == 1 else (stage < self.num_stages - 1):
-                batch, sequence = batches[following.micro_batch].tokens.shape
-                received = torch.empty(batch, sequence, self.hidden, dtype=self.dtype, device=self.device)
-                ops.append(self._op(dist.irecv, received, -step, self._tag(step, stage, following, len(batches))))
-        if not ops:
+            peer, tag = self._peer(step), self._tag(step, self._stage(operation) + step, operation, len(batches))
+            tensor = tensor.contiguous()
+            work = dist.isend(tensor, peer, group=self.mesh.edges[self.mesh.rank, peer], tag=tag)
+            assert work is not None
+            pending.append((work, tensor))
+        if following is None:
             return None, None
-        works = dist.batch_isend_irecv(ops)
-        if received is None:
-            pending += zip(works, keep * len(works), strict=True)
+        stage, step = self._stage(following), 1 if following.kind == "forward" else -1
+        if stage == (0 if step == 1 else self.num_stages - 1):
             return None, None
-        # gloo returns a work for each operation, NCCL one for the batch: the last one covers the receive on both.
-        pending += zip(works[:-1], keep * len(works[:-1]), strict=True)
-        return received, works[-1]
+        batch, sequence = batches[following.micro_batch].tokens.shape
+        received = torch.empty(batch, sequence, self.hidden, dtype=self.dtype, device=self.device)
+        peer, tag = self._peer(-step), self._tag(step, stage, following, len(batches))
+        return received, dist.irecv(received, peer, group=self.mesh.edges[peer, self.mesh.rank], tag=tag)
 
-    def _op(self, kind: Callable, tensor: Tensor, step: int, tag: int) -> dist.P2POp:
-        return dist.P2POp(kind, tensor, self.mesh.stage_rank(self.mesh.pipeline_rank + step), tag=tag)
+    def _peer(self, step: int) -> int:
+        return self.mesh.stage_rank(self.mesh.pipeline_rank + step)
 
     def _tag(self, step: int, receiving_stage: int, operation: Operation, num_micro_batches: int) -> int:
         direction = 0 if step == 1 else 1

@@ -1,6 +1,7 @@
 """The training loop: what a rank does from its recipe to the last checkpoint."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,13 +68,18 @@ class Trainer:
         loss = self.engine.train_step(batches, self.mesh.zero_size / num_valid.clamp(min=1))
         rate = learning_rate(recipe, self.progress.step)
         norm = self.engine.update(rate)
+        mean = self._mean(loss, num_valid)
+        if not (math.isfinite(norm) and math.isfinite(mean)):
+            raise FloatingPointError(
+                f"step {self.progress.step + 1}: loss {mean}, gradient norm {norm}; its update was not applied. "
+                f"Go on from the last checkpoint with a lower optimizer.learning_rate"
+            )
         self.progress = dataclasses.replace(
             self.progress,
             step=self.progress.step + 1,
             next_sample=first + recipe.batch.global_samples,
-            adam_step=self.progress.adam_step + 1,
+            adam_step=self.engine.optimizer_step,
         )
-        mean = self._mean(loss, num_valid)  # the step's one host synchronisation
         if self.metrics is not None:
             tokens = recipe.batch.global_samples * recipe.batch.sequence_length
             self.metrics.log(
@@ -102,7 +108,7 @@ class Trainer:
             num_valid += valid
         mean = self._mean(loss_sum, num_valid)
         if self.metrics is not None:
-            self.metrics.log({"step": self.progress.step, "validation_loss": mean, "tokens": int(num_valid)})
+            self.metrics.log({"step": self.progress.step, "validation_loss": mean, "validation_tokens": int(num_valid)})
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
@@ -143,12 +149,13 @@ def start(
     """A trainer at the newest checkpoint of the run folder, or at the beginning."""
     engine = ZeroEngine(recipe, layout, mesh, device)
     run = Path(recipe.run)
-    newest = store.newest(run)
+    # Rank 0 decides: on network file systems the ranks may see different newest folders.
+    newest = writer(mesh).broadcast(store.newest(run))
     if newest is not None:
         progress = resume(engine, CheckpointReader(newest), mesh)
     else:
-        progress = Progress(step=0, next_sample=0, adam_step=0, seed=recipe.seed)
-        _initialise(engine, recipe)
+        progress = Progress(0, 0, 0, recipe.seed, recipe.batch.sequence_length, stream.windows.num_tokens)
+        _initialise(engine, recipe, mesh)
     metrics = Metrics(run, progress.step, recipe.schedule.steps) if mesh.rank == 0 else None
     if mesh.rank == 0:
         recipe.save(run / "recipe.yaml")
@@ -157,8 +164,8 @@ def start(
     return Trainer(recipe, layout, mesh, device, engine, stream, validation, progress, metrics)
 
 
-def check_run_folder(recipe: Recipe) -> None:
-    """Refuse to go on with a run whose checkpoints are of another model, tokenizer or seed.
+def check_run_folder(recipe: Recipe, num_tokens: int) -> None:
+    """Refuse to go on with a run whose checkpoints are of another model, tokenizer, seed or corpus of other length.
 
     Raises:
         UserError: names the key that differs.
@@ -178,10 +185,19 @@ def check_run_folder(recipe: Recipe) -> None:
         raise UserError(
             f"tokenizer.path differs from the tokenizer of {checkpoint}; name that one, or another `run` folder"
         )
-    if newest is not None and reader.progress.seed != recipe.seed:
-        raise UserError(
-            f"seed is {recipe.seed} and {newest} has {reader.progress.seed}; change it, or name another `run` folder"
-        )
+    if newest is None:
+        return
+    progress = reader.progress
+    for key, here, there in (
+        ("seed", recipe.seed, progress.seed),
+        ("batch.sequence_length", recipe.batch.sequence_length, progress.sequence_length),
+        ("the number of tokens of data.train", num_tokens, progress.num_tokens),
+    ):
+        if here != there:
+            raise UserError(
+                f"{key} is {here} and {newest} has {there}, by which it counts its samples; change it back, or name "
+                f"another `run` folder (checkpoint.start_from takes the weights along)"
+            )
 
 
 def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress:
@@ -190,7 +206,7 @@ def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress
     Raises:
         UserError: a file is missing or damaged.
     """
-    reader.verify(mesh.rank, dist.get_world_size())
+    _verify(reader, mesh)
     engine.set_optimizer_step(reader.progress.adam_step)
     for name, parameter in engine.parameters.items():
         for key in ("weight", *store.STATES):
@@ -198,10 +214,26 @@ def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress
     return reader.progress
 
 
-def _initialise(engine: ZeroEngine, recipe: Recipe) -> None:
+def _verify(reader: CheckpointReader, mesh: Mesh) -> None:
+    """Check every file once, shared by the ranks; what one finds is raised on all."""
+    problem = None
+    try:
+        reader.verify(mesh.rank, dist.get_world_size())
+    except UserError as error:
+        problem = str(error)
+    ranks = writer(mesh)
+    problems = ranks.gather(problem)
+    problem = ranks.broadcast(problems and next(filter(None, problems), None))
+    if problem is not None:
+        raise UserError(problem)
+
+
+def _initialise(engine: ZeroEngine, recipe: Recipe, mesh: Mesh) -> None:
     """Weights of the checkpoint that the recipe starts from, or random ones: the same in every layout."""
     source = recipe.checkpoint.start_from
     reader = CheckpointReader(Path(source)) if source else None
+    if reader is not None:
+        _verify(reader, mesh)
     for name, parameter in engine.parameters.items():
         part = part_of(parameter)
         whole = reader.read_part(name, part) if reader else part.take(initial_values(name, part, recipe.seed))

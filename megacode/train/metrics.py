@@ -82,3 +82,12 @@ def write_status(run: Path, outcome: str, **values: Any) -> None:
     temporary = run / f"status.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, run / "status.json")
+
+
+def fail_status(run: Path, rank: int, error: Exception, checkpoint: Path | None) -> None:
+    """Say that the run failed, unless another rank has: its reason came first, and this one may follow from it."""
+    path = run / "status.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["outcome"] == "failed":
+        return
+    message = f"{type(error).__name__}: {error}"
+    write_status(run, "failed", rank=rank, message=message, checkpoint=checkpoint and str(checkpoint))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,9 +163,34 @@ def test_a_mistake_is_one_line_and_exit_2_before_any_process_group(recipe, overr
     assert "Traceback" not in done.stderr
 
 
+def test_a_damaged_checkpoint_is_one_line_and_exit_2(recipe, straight):
+    run = recipe.parent / "damaged"
+    shutil.copytree(straight, run)
+    file = newest(run) / "weights_00003.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    done = launch(recipe, f"run={run}", "schedule.steps=9")
+    output = done.stdout + done.stderr
+    assert done.returncode == 2, output[-3000:]
+    assert output.count("error: ") == 1
+    assert "weights_00003.safetensors is damaged" in output
+    assert "Traceback" not in output
+    assert status(run)["outcome"] == "failed"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(recipe):
+    run = recipe.parent / "nan"
+    done = launch(recipe, f"run={run}", "optimizer.learning_rate=1e30", "optimizer.clip=0")
+    assert done.returncode not in (0, 2)
+    assert status(run)["outcome"] == "failed"
+    assert "lower optimizer.learning_rate" in status(run)["message"]
+    assert all(abs(line["loss"]) < float("inf") for line in metrics(run))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("model.hidden=32", "model.hidden is 32 and"), ("seed=5", "seed is 5 and")],
+    [("model.hidden=32", "model.hidden is 32 and"), ("seed=5", "seed is 5 and"), ("batch.sequence_length=32", "batch.sequence_length is 32 and")],
 )
 def test_the_run_folder_of_another_recipe_is_refused(recipe, straight, override, message):
     done = subprocess.run(

@@ -24,6 +24,7 @@ LAYOUTS = [
     (4, {"tensor": 2, "pipeline": 2, "zero": 3}),
     (4, {"pipeline": 4, "zero": 3}),
     (4, {"pipeline": 2, "virtual_stages": 2, "zero": 3}),
+    (4, {"pipeline": 2, "virtual_stages": 2, "zero": 2}),
     (4, {"pipeline": 2, "virtual_stages": 2, "zero": 2, "reduce": "step"}),
     (8, {"tensor": 2, "pipeline": 2, "zero": 1}),
     (8, {"tensor": 2, "pipeline": 2, "zero": 2}),

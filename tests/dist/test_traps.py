@@ -125,6 +125,9 @@ def test_offload_needs_no_compiler(worlds, tmp_path):
     outcome = deviation(reference(config, 3), worlds(4).run(parallel, config, 3))
     assert outcome["gradient"] < RIGHT
     assert outcome["norm"] < RIGHT
+    interleaved = {"parallel": {"pipeline": 2, "virtual_stages": 2, "zero": 3}}
+    with pytest.raises(ValueError, match=r"virtual_stages above 1 needs parallel\.reduce: step"):
+        deepspeed_config(recipe(**interleaved, deepspeed_config="ds_configs/zero3_offload.json"))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,12 @@ def test_offload_needs_no_compiler(worlds, tmp_path):
         ({"zero_optimization": {"stage": 2}}, r"stage is 2 and the recipe's parallel\.zero is 3"),
         ({"gradient_clipping": 1.0}, r"gradient_clipping is decided by the recipe's optimizer\.clip"),
         ({"fp16": {"enabled": True}}, r"fp16 is decided by the recipe's precision"),
+        ({"zero_optimization": None}, r"zero_optimization must be a JSON object"),
+        ({"zero_optimization": {"stage": "3"}}, r"stage is '3' and the recipe's parallel\.zero is 3"),
+        ({"zero_optimization": {"stage3_max_reuse_distance": 5}}, r"reuse_distance is decided by .*parallel\.gather"),
+        ({"zero_optimization": {"memory_efficient_linear": True}}, r"memory_efficient_linear can't be used"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"offload_param\.device nvme can't be used"),
+        ({"amp": {"enabled": True}}, r"amp can't be used"),
         ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps is decided by the recipe's batch"),
     ],
 )

@@ -35,7 +35,7 @@ def write_checkpoint(run: Path, step: int = 7, seed: int = 0) -> CheckpointReade
     save(
         step_folder(run, step),
         config,
-        Progress(step=step, next_sample=0, adam_step=step, seed=seed),
+        Progress(step=step, next_sample=0, adam_step=step, seed=seed, sequence_length=12, num_tokens=0),
         {name: part_of(parameter) for name, parameter in parameters.items()},
         lambda name, key: parameters[name].detach() * (key == "weight"),
         Writer(

@@ -36,6 +36,11 @@ def test_a_variant_says_what_differs(base, tmp_path):
     assert (recipe.run, recipe.parallel.zero) == ("there", 3)
 
 
+def test_an_empty_section_is_its_defaults(base):
+    base.write_text(base.read_text() + "checkpoint:\nlogging:\n")
+    assert load(base, ["checkpoint.every_steps=7"]).checkpoint.every_steps == 7
+
+
 def test_a_base_that_leads_back_is_refused(base):
     base.write_text("base: base.yaml\n")
     with pytest.raises(UserError, match="leads back"):
@@ -86,6 +91,7 @@ def test_shipped_recipes_load():
         ("parallel.virtual_stages=2", r"virtual_stages above 1 needs pipeline above 1"),
         ("batch.sequence_length=4096", r"batch\.sequence_length \(4096\) is beyond model\.max_positions \(2048\)"),
         ("run", "is not key.path=value"),
+        ("model.preset=[1]", r"preset \[1\] is unknown"),
         ("run.folder=x", "run is a value, not a section"),
     ],
 )

@@ -65,6 +65,34 @@ def test_no_deadlock(case):
     assert replay(forwards, pipeline, virtual) == [[] for _ in range(pipeline)]
 
 
+def transfers(operations, rank, pipeline, virtual):
+    """What a rank sends and receives, as (edge, kind, receiving stage, micro-batch), each in the order it does so."""
+    last = pipeline * virtual - 1
+    sends, receives = [], []
+    for o in operations:
+        step = 1 if o.kind == "forward" else -1
+        stage = o.chunk * pipeline + rank
+        if stage != (0 if step == 1 else last):
+            receives.append((((rank - step) % pipeline, rank), o.kind, stage, o.micro_batch))
+        if stage != (last if step == 1 else 0):
+            sends.append(((rank, (rank + step) % pipeline), o.kind, stage + step, o.micro_batch))
+    return sends, receives
+
+
+@given(CASES)
+def test_neighbours_send_and_receive_in_the_same_order(case):
+    """NCCL has no tags: in the one group of a direction, the order alone says which transfer is which."""
+    pipeline, num_micro_batches, virtual = case
+    for schedule in (
+        lambda rank: one_f_one_b(pipeline, rank, num_micro_batches, virtual),
+        lambda rank: forwards_only(pipeline, num_micro_batches, virtual),
+    ):
+        sides = [transfers(schedule(rank), rank, pipeline, virtual) for rank in range(pipeline)]
+        for edge in {send[0] for sends, _ in sides for send in sends}:
+            sent = [send for send in sides[edge[0]][0] if send[0] == edge]
+            assert sent == [receive for receive in sides[edge[1]][1] if receive[0] == edge]
+
+
 @given(CASES)
 def test_activations_in_flight_stay_within_the_theory(case):
     pipeline, num_micro_batches, virtual = case

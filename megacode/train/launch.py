@@ -1,0 +1,82 @@
+"""Who this process is among those that a launcher started, and the device and process group that follow from it."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megacode.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the others, as deepspeed, torchrun or srun say it; a process started by hand is alone."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_size: int
+    """Processes on this machine."""
+
+
+def find_place(local_rank: int | None = None) -> Place:
+    """Read the launcher's variables, and set those that torch.distributed reads where only SLURM's are there.
+
+    Args:
+        local_rank: what the deepspeed launcher gives on the command line.
+
+    Raises:
+        UserError: srun started several tasks and the address of the first is unknown.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # set within an srun step only
+    if "RANK" not in os.environ and tasks > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                "srun started several tasks and MASTER_ADDR is not set; in the sbatch script: "
+                'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+            )
+        os.environ |= {
+            "RANK": os.environ["SLURM_PROCID"],
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "WORLD_SIZE": str(tasks),
+            "LOCAL_WORLD_SIZE": os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split("(")[0].split(",")[0],
+        }
+    for name, value in {"RANK": "0", "LOCAL_RANK": str(local_rank or 0), "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(name, value)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        os.environ.setdefault(name, value)
+    world_size = int(os.environ["WORLD_SIZE"])
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    return Place(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size, local_size)
+
+
+def find_device(place: Place) -> torch.device:
+    """A GPU for each process, or the CPU where there is none or DS_ACCELERATOR=cpu, which DeepSpeed obeys, asks for it.
+
+    Raises:
+        UserError: more processes than GPUs.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if place.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{place.local_size} processes were started here and there are {torch.cuda.device_count()} GPUs; start as "
+            f"many processes, or set DS_ACCELERATOR=cpu"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def start_process_group(place: Place, device: torch.device, timeout_seconds: float) -> None:
+    """NCCL on GPUs, else gloo. Collective."""
+    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
+        # gloo guesses an interface from the host's name, and at random waits for ever on a host with odd ones.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout = timedelta(seconds=timeout_seconds)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        return
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
+    dist.init_process_group("gloo", timeout=timeout)

@@ -1,0 +1,56 @@
+"""Who a process is, as each launcher says it."""
+
+import os
+
+import pytest
+import torch
+
+from megacode.errors import UserError
+from megacode.train.launch import Place, find_device, find_place
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """An environment of its own, empty."""
+    variables = {}
+    monkeypatch.setattr(os, "environ", variables)
+    return variables
+
+
+def test_a_process_started_by_hand_is_alone(environment):
+    assert find_place() == Place(0, 0, 1, 1)
+    assert environment["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_deepspeed_and_torchrun(environment):
+    environment |= {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"}
+    assert find_place(local_rank=1) == Place(5, 1, 8, 4)
+    environment["LOCAL_WORLD_SIZE"] = "2"
+    assert find_place() == Place(5, 1, 8, 2)
+
+
+def test_srun(environment):
+    environment |= {
+        "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="MASTER_ADDR is not set"):
+        find_place()
+    environment["MASTER_ADDR"] = "node1"
+    assert find_place() == Place(9, 1, 16, 8)
+    assert environment["RANK"] == "9"
+    assert environment["WORLD_SIZE"] == "16"
+
+
+def test_a_batch_script_is_no_srun_step(environment):
+    environment |= {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}
+    assert find_place() == Place(0, 0, 1, 1)
+
+
+def test_the_device(environment, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_device(Place(5, 1, 8, 2)) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="8 processes were started here and there are 2 GPUs"):
+        find_device(Place(2, 2, 8, 8))
+    environment["DS_ACCELERATOR"] = "cpu"
+    assert find_device(Place(2, 2, 8, 8)) == torch.device("cpu")
