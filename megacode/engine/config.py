@@ -104,7 +104,8 @@ def _check(recipe: Recipe, config: dict[str, Any], zero: dict[str, Any]) -> None
             raise UserError(f"{path}: zero_optimization.{key} is decided by the recipe's {owner}; say auto")
     for key, reason in REFUSED.items():
         section, _, name = key.rpartition(".")
-        if (zero if section else config).get(name) not in (None, False, 1, "auto"):
+        value = (zero if section else config).get(name)
+        if value not in (None, False, 1, "auto") or value is True:
             raise UserError(f"{path}: {key} can't be used ({reason}); remove it")
     _check_offload(recipe, zero)
 

@@ -36,7 +36,8 @@ class Mesh:
     edges: dict[tuple[int, int], ProcessGroup]
     """(sending, receiving) global rank -> the group of transfers from one neighbour stage of this rank to the other.
 
-    One group a direction: on NCCL a group is one queue, and two directions in one queue wait for each other."""
+    On NCCL a group is one queue, and two directions in one queue wait for each other: there it has one group a direction.
+    gloo has tags, and each of its groups costs polling threads: there it is the world."""
 
     @property
     def zero_rank(self) -> int:
@@ -77,6 +78,10 @@ def build_mesh(pipeline: int, data: int, tensor: int, context: int = 1, timeout_
         assert mine is not None
         return mine
 
+    gloo = dist.get_backend() == "gloo"
+    everyone = dist.group.WORLD
+    assert everyone is not None
+
     def edges() -> dict[tuple[int, int], ProcessGroup]:
         mine = {}
         for line in grid.permute(1, 2, 3, 0).reshape(-1, pipeline).tolist():
@@ -84,7 +89,7 @@ def build_mesh(pipeline: int, data: int, tensor: int, context: int = 1, timeout_
                 pair for a, b in zip(line, line[1:] + line[:1], strict=True) if a != b for pair in ((a, b), (b, a))
             }
             for pair in sorted(pairs):
-                made = dist.new_group(list(pair), timeout=timeout)
+                made = everyone if gloo else dist.new_group(list(pair), timeout=timeout)
                 if rank in pair:
                     mine[pair] = made
         return mine
@@ -94,7 +99,7 @@ def build_mesh(pipeline: int, data: int, tensor: int, context: int = 1, timeout_
         data_group=group((0, 3, 1, 2), data * context),
         tensor_group=group((0, 1, 2, 3), tensor),
         model_group=group((1, 2, 0, 3), pipeline * tensor),
-        control_group=dist.new_group(list(range(world)), backend="gloo", timeout=max(timeout, SLOWEST_WRITER)),
+        control_group=everyone if gloo else dist.new_group(backend="gloo", timeout=max(timeout, SLOWEST_WRITER)),
         edges=edges(),
     )  # fmt: skip
 

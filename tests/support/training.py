@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -155,6 +156,12 @@ def validation(config: Recipe, engine: Any, mesh: Any) -> float:
     return results[0]
 
 
+@functools.cache
+def _mesh(build: Any, *sizes: int) -> Any:
+    """One mesh a process and layout: each gloo group polls in threads of its own, and a hundred would eat the cores."""
+    return build(*sizes)
+
+
 def parallel(
     config: Recipe, steps: int, context: int = 1, without: tuple[str, ...] = (), load: Path | None = None,
     save: Path | None = None,
@@ -177,7 +184,7 @@ def parallel(
     with contextlib.ExitStack() as stack:
         for name in without:
             stack.enter_context(mock.patch(*WITHOUT[name]()))
-        mesh = meshes.build_mesh(plan.pipeline, plan.data // context, plan.tensor, context)
+        mesh = _mesh(meshes.build_mesh, plan.pipeline, plan.data // context, plan.tensor, context)
         engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
         progress = Progress(0, 0, 0, SEED, config.batch.sequence_length, 0)
         if load is not None:
