@@ -145,7 +145,7 @@ def _write(folder: Path) -> None:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    prompt = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, "
+    prompt = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self"
     print(f"completion of {prompt!r}:\n{complete(model, tokenizer, prompt, 48)}\n")
     prefix, suffix = "def mean(values):\n    total = 0\n    for ", ":\n        total += value\n    return total\n"
     print(f"infilling between {prefix!r} and {suffix!r}:\n{infill(model, tokenizer, prefix, suffix, 16)}")

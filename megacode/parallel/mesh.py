@@ -36,7 +36,7 @@ class Mesh:
     edges: dict[tuple[int, int], ProcessGroup]
     """(sending, receiving) global rank -> the group of transfers from one neighbour stage of this rank to the other.
 
-    On NCCL a group is one queue, and two directions in one queue wait for each other: there it has one group a direction.
+    On NCCL a group is one queue, and two directions in one queue wait for each other: there, one group a direction.
     gloo has tags, and each of its groups costs polling threads: there it is the world."""
 
     @property
