@@ -80,7 +80,7 @@ def test_the_same_layout_goes_on_bit_for_bit(worlds, tmp_path, precision):
 
 
 def test_adams_step_count_is_restored(worlds, saved, tmp_path):
-    """Trap 18: DeepSpeed restores moments by name but no step count; without it the bias correction starts again."""
+    """DeepSpeed restores moments by name but no step count; without it the bias correction starts again."""
     straight = reference(config(tmp_path), 4)
     manifest = json.loads((saved / "manifest.json").read_text())
     manifest["progress"]["adam_step"] = 0

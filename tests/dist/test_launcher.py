@@ -94,7 +94,7 @@ def test_a_run_leaves_what_it_should(straight):
 
 
 def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight):
-    """Trap 17: one rank dies, the others must not wait for it; the next start goes on from the last checkpoint."""
+    """One rank dies, the others must not wait for it; the next start goes on from the last checkpoint."""
     run = recipe.parent / "crashed"
     with subprocess.Popen(
         command(recipe, f"run={run}"), cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,

@@ -25,14 +25,14 @@ def run(world, without=(), steps=3, context=1, precision="fp32", samples=8, **la
 
 
 def test_the_trace_is_compared_within_a_stage(worlds):
-    """Trap 1: ZeRO-3 compares its module trace with rank 0 of the world, and stages differ."""
+    """ZeRO-3 compares its module trace with rank 0 of the world, and stages differ."""
     assert run(worlds(4), pipeline=2, zero=3)[0]["norm"] < RIGHT
     with pytest.raises(CaseError, match="disagreement"):
         run(worlds(4), ["check_traces_within"], pipeline=2, zero=3)
 
 
 def test_every_backward_is_announced(worlds):
-    """Traps 2 and 3: the first two backwards of a step without a forward between them overwrite gradients."""
+    """The first two backwards of a step without a forward between them overwrite gradients."""
     layout = {"pipeline": 2, "zero": 3, "samples": 4}
     assert run(worlds(4), **layout)[0]["gradient"] < RIGHT
     assert run(worlds(4), ["start_backward"], **layout)[0]["gradient"] > WRONG
@@ -40,7 +40,7 @@ def test_every_backward_is_announced(worlds):
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_the_norm_counts_all_stages(worlds, zero):
-    """Trap 4: parameters of model-parallel ranks above 0 are left out of the norm, and so of clipping."""
+    """Parameters of model-parallel ranks above 0 are left out of the norm, and so of clipping."""
     layout = {"pipeline": 2, "tensor": 2, "zero": zero}
     assert run(worlds(4), **layout)[0]["norm"] < RIGHT
     deviations, _ = run(worlds(4), ["mark_norm_owner"], **layout)
@@ -49,7 +49,7 @@ def test_the_norm_counts_all_stages(worlds, zero):
 
 
 def test_gradients_are_not_divided_by_accumulation_steps(worlds):
-    """Trap 5: each engine would divide by gradient_accumulation_steps; ours is always 1, the loss is scaled once."""
+    """Each engine would divide by gradient_accumulation_steps; ours is always 1, the loss is scaled once."""
     layout = {"pipeline": 2, "zero": 3}
     assert run(worlds(4), **layout)[0]["gradient"] < RIGHT
     assert run(worlds(4), ["accumulation of 1"], **layout)[0]["gradient"] > WRONG
@@ -58,7 +58,7 @@ def test_gradients_are_not_divided_by_accumulation_steps(worlds):
 @pytest.mark.parametrize("reduce", ["step", "microbatch"])
 @pytest.mark.parametrize(("pipeline", "virtual"), [(2, 1), (4, 1), (2, 2)])
 def test_one_gather_a_parameter_and_step(worlds, reduce, pipeline, virtual):
-    """Traps 6 and 12: one trace of the whole step, and leftovers released once a step."""
+    """One trace of the whole step, and leftovers released once a step."""
     layout = {"pipeline": pipeline, "virtual_stages": virtual, "zero": 3, "reduce": reduce, "steps": 4}
     assert run(worlds(4), **layout)[1][1:] == [1, 1, 1]
 
@@ -78,7 +78,7 @@ def test_gathers_of_a_micro_batch(worlds):
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_one_reduction_a_step(worlds, zero):
-    """Trap 7: reduce: step moves each gradient once, reduce: microbatch once a micro-batch."""
+    """With reduce: step each gradient moves once, with reduce: microbatch once a micro-batch."""
     once, each = (
         max(worlds(4).run(reduced_elements, recipe(parallel={"pipeline": 2, "zero": zero, "reduce": policy})))
         for policy in ("step", "microbatch")
@@ -87,13 +87,13 @@ def test_one_reduction_a_step(worlds, zero):
 
 
 def test_zero_init_shards_over_the_data_group(worlds):
-    """Trap 9: zero.Init's default group is the world, which mixes parameters of different stages."""
+    """The default group of zero.Init is the world, which mixes parameters of different stages."""
     with pytest.raises(CaseError):
         run(worlds(4), ["zero.Init_group"], pipeline=2, zero=3)
 
 
 def test_interleaved_chunks_start_from_empty_partitions(worlds):
-    """Trap 11: a chunk whose first backward comes late would add onto the last step's gradients."""
+    """A chunk whose first backward comes late would add onto the last step's gradients."""
     layout = {"pipeline": 2, "virtual_stages": 2, "zero": 3}
     assert run(worlds(4), **layout)[0]["norm"] < RIGHT
     assert run(worlds(4), ["clear_partitions"], **layout)[0]["norm"] > WRONG
@@ -101,7 +101,7 @@ def test_interleaved_chunks_start_from_empty_partitions(worlds):
 
 @pytest.mark.parametrize("zero", [1, 3])
 def test_context_ranks_are_data_ranks_to_deepspeed(worlds, zero):
-    """Trap 13: ZeRO shards and reduces over data x context; sequence methods would bypass that."""
+    """ZeRO shards and reduces over data x context; sequence methods would bypass that."""
     assert not [name for name in dir(DeepSpeedView) if "sequence" in name]
     layout = {"pipeline": 2, "zero": zero, "context": 2}
     assert run(worlds(4), **layout)[0]["gradient"] < RIGHT
@@ -110,7 +110,7 @@ def test_context_ranks_are_data_ranks_to_deepspeed(worlds, zero):
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_bf16_accumulates_in_fp32(worlds, zero):
-    """Trap 14: sums over 32 micro-batches in bf16 lose what fp32 sums keep."""
+    """Sums over 32 micro-batches in bf16 lose what fp32 sums keep."""
     layout = {"pipeline": 2, "zero": zero, "reduce": "step", "precision": "bf16", "samples": 64, "steps": 1}
     cured, _ = run(worlds(4), **layout)
     without, _ = run(worlds(4), ["Fp32Gradients"], **layout)
@@ -119,12 +119,14 @@ def test_bf16_accumulates_in_fp32(worlds, zero):
 
 
 def test_offload_needs_no_compiler(worlds, tmp_path):
-    """Trap 16: CPU offload runs torch's Adam; DeepSpeed's own would be compiled at start."""
+    """CPU offload runs torch's Adam; DeepSpeed's own would be compiled at start."""
     config = recipe(parallel={"pipeline": 2, "zero": 3}, deepspeed_config="ds_configs/zero3_offload.json")
     assert deepspeed_config(config)["zero_force_ds_cpu_optimizer"] is False
     outcome = deviation(reference(config, 3), worlds(4).run(parallel, config, 3))
     assert outcome["gradient"] < RIGHT
     assert outcome["norm"] < RIGHT
+    with pytest.raises(CaseError, match="DeepSpeedCPUAdam|CPU optimizer|compil"):
+        worlds(4).run(parallel, config, 1, 1, ["torch's Adam under offload"])
     interleaved = {"parallel": {"pipeline": 2, "virtual_stages": 2, "zero": 3}}
     with pytest.raises(ValueError, match=r"virtual_stages above 1 needs parallel\.reduce: step"):
         deepspeed_config(recipe(**interleaved, deepspeed_config="ds_configs/zero3_offload.json"))

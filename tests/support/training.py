@@ -279,6 +279,15 @@ def _divided_by_accumulation() -> tuple[str, Any]:
     return "megacode.engine.zero.deepspeed_config", config
 
 
+def _forced_cpu_adam() -> tuple[str, Any]:
+    from megacode.engine.config import deepspeed_config
+
+    def config(recipe: Recipe) -> dict[str, Any]:
+        return {**deepspeed_config(recipe), "zero_force_ds_cpu_optimizer": True}
+
+    return "megacode.engine.zero.deepspeed_config", config
+
+
 def _data_group_without_context() -> tuple[str, Any]:
     from megacode.parallel.mesh import Mesh, build_mesh
 
@@ -296,6 +305,7 @@ WITHOUT: dict[str, Any] = {
     "start_backward": lambda: ("megacode.engine.private.start_backward", _nothing),
     "mark_norm_owner": lambda: ("megacode.engine.private.mark_norm_owner", _nothing),
     "accumulation of 1": _divided_by_accumulation,
+    "torch's Adam under offload": _forced_cpu_adam,
     "own_the_trace": lambda: ("megacode.engine.private.own_the_trace", _nothing),
     "zero.Init_group": _world_partitions,
     "clear_partitions": lambda: ("megacode.engine.private.clear_partitions", _nothing),
