@@ -25,6 +25,8 @@ VALID_FRACTION = 0.05
 ENTROPY_MARGIN = 1.2
 """Nats by which the validation loss must end below the unigram entropy: a model that learns nothing of order fails.
 docs/benchmarks.md has what was measured."""
+LOGIT_TOLERANCE = 1e-4
+"""Largest difference of logits between the export under transformers and megacode, fp32; for logits of this size."""
 EXCLUDED = ["__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data"]
 
 
@@ -173,6 +175,9 @@ def _summary(recipe: Any, receipt: dict[str, Any], seconds: dict[str, float]) ->
         "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
     }.items():  # fmt: skip
         print(f"{name:12} {value}")
+    if logits["largest_difference"] > LOGIT_TOLERANCE:
+        print(f"error: logits of the export differ by more than {LOGIT_TOLERANCE}", file=sys.stderr)
+        raise typer.Exit(1)
     if entropy - validation < ENTROPY_MARGIN:
         print(
             f"error: the validation loss is not {ENTROPY_MARGIN} below the unigram entropy; it learnt too little",
