@@ -16,7 +16,14 @@ from megacode.model.presets import PRESETS
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as its users write it: 3e-4 is a number (YAML 1.1 reads a string when the dot is missing)."""
+    """YAML as its users write it: 3e-4 is a number (in YAML 1.1 a string, for want of a dot), no key comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -31,7 +38,9 @@ def _parse(text: str) -> Any:
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, docstrings under the fields are their help texts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
+    )
 
 
 class ModelSection(Section):

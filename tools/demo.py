@@ -169,7 +169,8 @@ def _summary(recipe: Any, receipt: dict[str, Any], seconds: dict[str, float]) ->
     for name, value in {
         "tokens seen": f"{steps[-1]['tokens']:,} in {len(steps)} steps, {median(rates):,.0f} tokens/s (median)",
         "loss": f"{steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}",
-        "validation": f"{validation:.3f}, {entropy - validation:.3f} below the unigram entropy {entropy:.3f}",
+        "validation": f"{validation:.3f}, {entropy - validation:+.3f} below the unigram entropy {entropy:.3f}",
+        "infilled": f"{sum(line['infilled_share'] for line in steps) / len(steps):.2%} of the labels",
         "export": f"logits differ by {logits['largest_difference']:.1e}, token ids by none",
         "run": run, "checkpoint": newest(run), "HF folder": FOLDER / "hf",
         "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
@@ -180,7 +181,8 @@ def _summary(recipe: Any, receipt: dict[str, Any], seconds: dict[str, float]) ->
         raise typer.Exit(1)
     if entropy - validation < ENTROPY_MARGIN:
         print(
-            f"error: the validation loss is not {ENTROPY_MARGIN} below the unigram entropy; it learnt too little",
+            f"error: the validation loss is not {ENTROPY_MARGIN} below the unigram entropy after "
+            f"{steps[-1]['step']} steps; train longer (the recipe's own steps get there)",
             file=sys.stderr,
         )
         raise typer.Exit(1)

@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 from megacode.data.corpus import EXCLUDE, SUFFIXES, Corpus
+from megacode.errors import UserError
+
+VALID_FRACTION = 0.05
 
 Inputs = Annotated[list[Path], typer.Argument(help="Files (.jsonl and .jsonl.gz hold a document a line) or folders.")]
 Suffixes = Annotated[
@@ -27,7 +30,9 @@ def prepare(
     tokenizer: Annotated[Path, typer.Option(help="SentencePiece model, from `megacode tokenizer train`.")],
     output: Annotated[Path, typer.Option(help="Prefix of the training shard: PREFIX.bin, .idx and .json.")],
     valid: Annotated[Path | None, typer.Option(help="Prefix of a validation shard; left out, there is none.")] = None,
-    valid_fraction: Annotated[float, typer.Option(help="Share of the documents that go to --valid.")] = 0.05,
+    valid_fraction: Annotated[
+        float | None, typer.Option(help="Share of the documents that go to --valid; left out, 0.05.")
+    ] = None,
     suffix: Suffixes = None,
     exclude: Excludes = None,
     text_key: TextKey = "text",
@@ -39,11 +44,21 @@ def prepare(
     from megacode.data.prepare import prepare as prepare_shards
     from megacode.data.tokenizer import Tokenizer
 
+    if valid is None and valid_fraction is not None:
+        raise UserError("--valid-fraction needs --valid PREFIX, where these documents go")
+    for prefix in (output, valid):
+        if prefix is not None and prefix.with_name(prefix.name + ".bin").exists():
+            raise UserError(f"{prefix}.bin is there already; remove it with its .idx and .json, or name another prefix")
     model = Tokenizer(tokenizer)
     corpus = Corpus(inputs, suffixes=suffix or SUFFIXES, exclude=exclude or EXCLUDE, text_key=text_key)
     with reading_bar("Tokenizing", corpus) as on_document:
         summary = prepare_shards(
-            corpus, model, output, valid=valid, valid_fraction=valid_fraction, on_document=on_document
+            corpus,
+            model,
+            output,
+            valid=valid,
+            valid_fraction=VALID_FRACTION if valid_fraction is None else valid_fraction,
+            on_document=on_document,
         )
     typer.echo(f"{output}: {summary.num_documents:,} documents, {summary.num_tokens:,} tokens")
     if valid is not None:

@@ -15,8 +15,12 @@ app = typer.Typer(help="Train a SentencePiece tokenizer with the infilling piece
 def train(
     inputs: Inputs,
     output: Annotated[Path, typer.Option(help="The model to write.")],
-    pieces: Annotated[int, typer.Option(help="Rows of the base, 259 of them fixed; 16 more are appended.")] = 4096,
-    max_mib: Annotated[int, typer.Option(help="How much text to train on, in MiB; it is held in memory.")] = 1024,
+    pieces: Annotated[
+        int, typer.Option(min=260, help="Rows of the base, 259 of them fixed; 16 more are appended.")
+    ] = 4096,
+    max_mib: Annotated[
+        int, typer.Option(min=1, help="How much text to train on, in MiB; it is held in memory.")
+    ] = 1024,
     suffix: Suffixes = None,
     exclude: Excludes = None,
     text_key: TextKey = "text",
@@ -37,7 +41,7 @@ def train(
 @app.command()
 def check(
     path: Annotated[Path, typer.Argument(help="A SentencePiece model.")],
-    texts: Annotated[int, typer.Option(help="Random texts to try.")] = 10000,
+    texts: Annotated[int, typer.Option(min=1, help="Random texts to try.")] = 10000,
 ) -> None:
     """Print a tokenizer's rows, and try whether text can become a special piece or gets lost.
 

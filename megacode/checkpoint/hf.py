@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megacode.checkpoint.hf_tokenizer import write_tokenizer
-from megacode.checkpoint.store import CheckpointReader
+from megacode.checkpoint.store import CheckpointReader, publish
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.recipe import ModelSection
@@ -143,6 +143,7 @@ def _write_weights(
             done_bytes += tensors[name].nbytes
             progress(done_bytes, total_bytes)
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        publish(folder / file)
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         metadata = {"total_parameters": num_parameters, "total_size": total_bytes}

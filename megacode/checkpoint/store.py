@@ -281,9 +281,17 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the file on the disk, not only in memory, before the folder gets its name."""
+    """Have the file on the disk, not only in memory, before the folder gets its name; readable as others are."""
+    publish(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def publish(path: Path) -> None:
+    """Give a file the mode of any new file: safetensors makes its own readable by their owner only."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def _try(action: Callable[[], None]) -> str | None:

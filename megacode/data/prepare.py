@@ -68,7 +68,8 @@ def prepare(
             for writer in writers:
                 if not writer.num_documents:
                     raise UserError(
-                        f"no document is left for {writer.prefix}; give more inputs or change --valid-fraction"
+                        f"no document is left for {writer.prefix} ({corpus.num_undecodable} that are not UTF-8 and "
+                        f"{corpus.num_empty} empty ones were skipped); give more inputs or change --valid-fraction"
                     )
     except OSError as error:
         raise UserError(

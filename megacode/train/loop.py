@@ -158,9 +158,12 @@ def start(
         _initialise(engine, recipe, mesh)
     metrics = Metrics(run, progress.step, recipe.schedule.steps) if mesh.rank == 0 else None
     if mesh.rank == 0:
-        recipe.save(run / "recipe.yaml")
         write_status(run, "running", step=progress.step)
         print(f"{'resuming from ' + str(newest) if newest else 'starting'} at step {progress.step}", flush=True)
+        if progress.step >= recipe.schedule.steps:
+            print(f"nothing to do: schedule.steps is {recipe.schedule.steps}; raise it to go on", flush=True)
+        else:
+            recipe.save(run / "recipe.yaml")
     return Trainer(recipe, layout, mesh, device, engine, stream, validation, progress, metrics)
 
 

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
         trainer.run()
         trainer.finish()
         dist.destroy_process_group()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         # A rank that raises must end at once and loudly: the others sit in collectives that it will never enter, and
         # the launcher ends them when this process is gone. Interpreter shutdown could wait for those collectives.
         try:
@@ -82,7 +82,7 @@ def _load(options: argparse.Namespace) -> tuple[Tokenizer, Recipe]:
     if config.model.vocabulary not in (None, tokenizer.vocabulary):
         raise UserError(
             f"model.vocabulary is {config.model.vocabulary} and the tokenizer {config.tokenizer.path} has "
-            f"{tokenizer.vocabulary} rows; leave model.vocabulary out, or name the other tokenizer"
+            f"{tokenizer.vocabulary} rows; set model.vocabulary=null to take the tokenizer's, or name the other one"
         )
     model = config.model.model_copy(update={"vocabulary": tokenizer.vocabulary})
     return tokenizer, config.model_copy(update={"model": model})

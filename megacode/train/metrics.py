@@ -51,7 +51,8 @@ class Metrics:
         done = values["step"] - self.first_step
         left_seconds = (time.monotonic() - self.started) / done * (self.num_steps - values["step"])
         return (
-            f"{head}  loss {values['loss']:.4f}  norm {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  "
+            f"{head}  loss {values['loss']:.4f}  infilled {values['infilled_share']:.1%}  "
+            f"norm {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  "
             f"{values['tokens_per_second']:,.0f} tokens/s  {_clock(left_seconds)} left"
         )
 
@@ -84,7 +85,7 @@ def write_status(run: Path, outcome: str, **values: Any) -> None:
     os.replace(temporary, run / "status.json")
 
 
-def fail_status(run: Path, rank: int, error: Exception, checkpoint: Path | None) -> None:
+def fail_status(run: Path, rank: int, error: BaseException, checkpoint: Path | None) -> None:
     """Say that the run failed, unless another rank has: its reason came first, and this one may follow from it."""
     path = run / "status.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["outcome"] == "failed":

@@ -89,6 +89,8 @@ def test_a_run_leaves_what_it_should(straight):
     assert [line["step"] for line in metrics(straight) if "validation_loss" in line] == [4, 8]
     assert status(straight)["outcome"] == "finished"
     assert len(status(straight)["memory_bytes"]) == 4
+    for file in newest(straight).iterdir():
+        assert file.stat().st_mode & 0o777 == (straight / "metrics.jsonl").stat().st_mode & 0o777, file
     assert sorted(folder.name for folder in (straight / "checkpoints").iterdir()) == ["step_00000004", "step_00000008"]
     assert yaml.safe_load((straight / "recipe.yaml").read_text())["model"]["vocabulary"] > 0
 

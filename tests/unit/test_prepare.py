@@ -151,7 +151,7 @@ def test_prepare_refuses_and_leaves_nothing(tmp_path, tokenizer):
     for options, message in (
         ({"valid": out / "s"}, "give two prefixes"),
         ({"valid": out / "v", "valid_fraction": 1.0}, "--valid-fraction is 1.0"),
-        ({"valid": out / "v", "valid_fraction": 1e-9}, "no document is left for .*v;"),
+        ({"valid": out / "v", "valid_fraction": 1e-9}, r"no document is left for .*v \(0 that are not UTF-8"),
     ):
         with pytest.raises(UserError, match=message):
             prepare(Corpus([tree]), tokenizer, out / "s", **options)
@@ -212,3 +212,17 @@ def test_the_commands(tmp_path, tokenizer):
     assert "Tokenizing" not in done.output, "no progress bar outside a terminal"
     assert isinstance(runner.invoke(app, [*arguments, "--suffix", ".rs"]).exception, UserError)
     assert "Example: megacode prepare" in " ".join(runner.invoke(app, ["--help"]).output.split())
+
+
+def test_the_command_replaces_no_shard(tmp_path, tokenizer):
+    from megacode.tools.prepare import prepare as command
+
+    tree = write(tmp_path / "tree", {"a.py": "a"})
+    command([tree], tokenizer.path, tmp_path / "s")
+    before = (tmp_path / "s.bin").read_bytes()
+    with pytest.raises(UserError, match=r"s\.bin is there already; remove it"):
+        command([tree], tokenizer.path, tmp_path / "s")
+    with pytest.raises(UserError, match="--valid-fraction needs --valid"):
+        command([tree], tokenizer.path, tmp_path / "other", valid_fraction=0.5)
+    assert (tmp_path / "s.bin").read_bytes() == before
+    assert not (tmp_path / "other.bin").exists()

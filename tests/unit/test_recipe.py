@@ -91,6 +91,7 @@ def test_shipped_recipes_load():
         ("parallel.virtual_stages=2", r"virtual_stages above 1 needs pipeline above 1"),
         ("batch.sequence_length=4096", r"batch\.sequence_length \(4096\) is beyond model\.max_positions \(2048\)"),
         ("run", "is not key.path=value"),
+        ("optimizer.learning_rate=.inf", r"optimizer\.learning_rate: .*finite number"),
         ("model.preset=[1]", r"preset \[1\] is unknown"),
         ("run.folder=x", "run is a value, not a section"),
     ],
@@ -107,7 +108,12 @@ def test_mistakes_name_the_key_and_the_mend(base, override, message):
 def test_files_that_are_no_recipe(tmp_path, base):
     with pytest.raises(UserError, match=r"cannot read the recipe .*missing\.yaml: No such file"):
         load(tmp_path / "missing.yaml")
-    for text, message in (("a: [", "is not YAML"), ("- 1", "holds no recipe"), ("", "holds no recipe")):
+    for text, message in (
+        ("a: [", "is not YAML"),
+        ("a: 1\na: 2", "the key a comes twice"),
+        ("- 1", "holds no recipe"),
+        ("", "holds no recipe"),
+    ):
         base.write_text(text)
         with pytest.raises(UserError, match=message):
             load(base)
