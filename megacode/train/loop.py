@@ -72,7 +72,7 @@ class Trainer:
         if not (math.isfinite(norm) and math.isfinite(mean)):
             raise FloatingPointError(
                 f"step {self.progress.step + 1}: loss {mean}, gradient norm {norm}; its update was not applied. "
-                f"Go on from the last checkpoint with a lower optimizer.learning_rate"
+                f"Start again, from the last checkpoint if there is one, with a lower optimizer.learning_rate"
             )
         self.progress = dataclasses.replace(
             self.progress,
