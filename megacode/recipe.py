@@ -203,11 +203,27 @@ class LoggingSection(Section):
     """A validation after every so many steps, and one at the end."""
     validation_samples: int | None = Field(default=None, gt=0)
     """Sequences of one validation, in whole batches of global_samples; left out, the whole validation set."""
+    peak_teraflops: float | None = Field(default=None, gt=0)
+    """Peak of one rank's device, for MFU; left out, known for A100, H100 and H200, and no MFU elsewhere."""
+    wandb: str | None = None
+    """Weights & Biases project to log to (offline unless logged in); left out, it is not used."""
+    tensorboard: bool = False
+    """Write TensorBoard files to RUN/tensorboard."""
+    phases: bool = False
+    """Measure the phases of each step (costs a little: on a GPU it waits for the device once a step)."""
+    profile_steps: list[int] = Field(default=[])
+    """Steps of which torch's profiler writes a trace to RUN/profile."""
+    profile_ranks: list[int] = Field(default=[0])
+    """Ranks that write these traces."""
 
 
 class FaultsSection(Section):
     collective_timeout_seconds: float = Field(default=600, gt=0)
     """A collective that waits longer ends the run with an error."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient norm is not finite: end the run, or leave out its update and go on."""
+    skips_in_a_row: int = Field(default=10, gt=0)
+    """So many steps left out one after the other end the run."""
 
 
 class Recipe(Section):

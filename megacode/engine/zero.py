@@ -19,7 +19,7 @@ from megacode.model.layers import part_of
 from megacode.parallel.build import build_chunks
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.pipeline import MicroBatch, Pipeline
-from megacode.plan import Layout
+from megacode.plan.layout import Layout
 from megacode.recipe import OptimizerSection, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -9,7 +9,7 @@ from megacode.model.layers import Layers, PlainLayers
 from megacode.model.llama import Llama
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.tensor import TensorLayers
-from megacode.plan import Layout
+from megacode.plan.layout import Layout
 from megacode.recipe import ModelSection
 
 

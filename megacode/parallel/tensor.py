@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from megacode.model.layers import IGNORE, Embedding, Linear, PlainLayers, Slice, part_of
 from megacode.parallel.collectives import copy_to_tensor_ranks, reduce_from_tensor_ranks
 from megacode.parallel.mesh import Mesh
-from megacode.plan import vocabulary_rows
+from megacode.plan.layout import vocabulary_rows
 
 
 class RowLinear(Linear):

@@ -22,7 +22,7 @@ from megacode.errors import UserError
 from megacode.model.layers import IGNORE, initial_values, part_of
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.pipeline import MicroBatch
-from megacode.plan import Layout
+from megacode.plan.layout import Layout
 from megacode.recipe import Recipe
 from megacode.train.metrics import Metrics, memory_bytes, write_status
 from megacode.train.schedule import learning_rate

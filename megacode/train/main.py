@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megacode import plan, recipe
+from megacode import recipe
 from megacode.checkpoint import store
 from megacode.data.tokenizer import Tokenizer
 from megacode.engine.config import deepspeed_config
 from megacode.engine.zero import check_version, start_deepspeed
 from megacode.errors import UserError
 from megacode.parallel.mesh import build_mesh
+from megacode.plan.layout import fit
 from megacode.recipe import Recipe
 from megacode.train import loop
 from megacode.train.launch import Place, find_device, find_place, start_process_group
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
         check_version()
         device = find_device(place)
         tokenizer, config = _load(options)
-        layout = plan.layout(config, place.world_size)
+        layout = fit(config, place.world_size)
         deepspeed_config(config)
         stream, validation = loop.open_streams(config, tokenizer)
         loop.check_run_folder(config, stream.windows.num_tokens)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megacode.model.layers import IGNORE, Slice, initial_values, part_of
 from megacode.model.llama import Llama, initialise
 from megacode.parallel.pipeline import MicroBatch
-from megacode.plan import layout as fit
+from megacode.plan.layout import fit
 from megacode.recipe import Recipe
 
 SEED = 7

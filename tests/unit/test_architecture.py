@@ -14,7 +14,7 @@ ALLOWED = {
     "recipe": {"errors", "model.presets"},
     "parallel.stages": set(),
     "parallel.schedule": set(),
-    "plan": {"errors", "recipe", "parallel.stages"},
+    "plan": {"errors", "recipe", "parallel.stages", "parallel.schedule", "plan"},
     "data": {"errors", "recipe", "data"},
     "model": {"errors", "recipe", "kernels", "model"},
     "parallel": {"errors", "recipe", "plan", "kernels", "model", "parallel"},

@@ -5,20 +5,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.training import recipe
 
-from megacode import plan
 from megacode.errors import UserError
 from megacode.parallel.stages import split_layers
+from megacode.plan import layout as plan
 
 
 def test_a_layout_takes_the_data_ranks_that_are_left():
-    layout = plan.layout(recipe(parallel={"tensor": 2, "pipeline": 2}), 8)
+    layout = plan.fit(recipe(parallel={"tensor": 2, "pipeline": 2}), 8)
     assert (layout.pipeline, layout.data, layout.tensor, layout.num_micro_batches) == (2, 2, 2, 4)
     assert layout.world_size == 8
     assert layout.stages == (range(2), range(2, 4))
 
 
 def test_fewer_micro_batches_than_stages_fit():
-    layout = plan.layout(recipe(parallel={"pipeline": 4}, batch={"global_samples": 2}), 4)
+    layout = plan.fit(recipe(parallel={"pipeline": 4}, batch={"global_samples": 2}), 4)
     assert layout.num_micro_batches == 2
 
 
@@ -42,7 +42,7 @@ def test_fewer_micro_batches_than_stages_fit():
 )
 def test_what_does_not_fit_is_refused_with_the_mend(sections, world_size, message):
     with pytest.raises(UserError, match=message) as caught:
-        plan.layout(recipe(**sections), world_size)
+        plan.fit(recipe(**sections), world_size)
     assert "\n" not in str(caught.value)
 
 

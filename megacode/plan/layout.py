@@ -35,7 +35,7 @@ def vocabulary_rows(vocabulary: int, tensor: int) -> int:
     return rows if tensor == 1 else -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def layout(recipe: Recipe, world_size: int) -> Layout:
+def fit(recipe: Recipe, world_size: int) -> Layout:
     """Fit a recipe to a number of processes.
 
     Raises:
