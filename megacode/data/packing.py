@@ -31,6 +31,8 @@ class Sample:
     positions: Int64Array  # [sequence]
     document_starts: Int64Array  # [documents]; where in `tokens` a document begins, rising
     infilled: NDArray[np.bool_]  # [sequence]; labels that belong to an infilling document
+    source: int = 0
+    """Which of the stream's sources it is from."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class MicroBatch:
     labels: Int64Array  # [batch, sequence]; IGNORE where there is no loss
     positions: Int64Array  # [batch, sequence]
     infilled: NDArray[np.bool_]  # [batch, sequence]; labels that belong to an infilling document
+    sources: Int64Array  # [batch]; which of the stream's sources each sample is from
     cu_seqlens: NDArray[np.int32] | None  # [segments + 1], over batch * sequence tokens; None without document masks
 
 
@@ -79,5 +82,6 @@ def collate(samples: Sequence[Sample], document_masks: bool) -> MicroBatch:
         labels=np.stack([sample.labels for sample in samples]),
         positions=np.stack([sample.positions for sample in samples]),
         infilled=np.stack([sample.infilled for sample in samples]),
+        sources=np.array([sample.source for sample in samples], np.int64),
         cu_seqlens=cu_seqlens,
     )

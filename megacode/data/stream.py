@@ -37,6 +37,7 @@ class TrainStream:
 
     Attributes:
         windows: Which stretches of the corpus the samples are.
+        sources: Names of what the samples come from: of the shard, as yet.
         counts: What was met since the stream was made: documents `uncut`, of these `infilled`, `irreversible` (their
             ids do not come back from their text) and `unfitting` (as infilling documents they would be cut).
 
@@ -59,6 +60,7 @@ class TrainStream:
         if infilling_rate > 0 and not tokenizer.has_infilling:
             raise UserError(f"the tokenizer {tokenizer.path} has no infilling pieces; set data.infilling_rate to 0")
         self.windows = Windows(shards.num_tokens, sequence_length, seed)
+        self.sources = (shards.prefix.name,)
         self.counts: Counter[str] = Counter()
         self._shards = shards
         self._tokenizer = tokenizer

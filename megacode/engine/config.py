@@ -58,7 +58,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     config["gradient_accumulation_steps"] = 1
     config["gradient_clipping"] = recipe.optimizer.clip
     if recipe.precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # it would wait for the device; see DeviceSkip
         if recipe.parallel.reduce_policy == "microbatch":
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     if recipe.parallel.zero == 3:

@@ -12,7 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3, stage_1_and_2
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megacode.errors import UserError
+from megacode.parallel.phases import measure
 
 VERSION = "0.19.8"
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
@@ -132,6 +133,50 @@ def validation_trace(zero: Any) -> Any:
         offload.param_coordinator = training
 
 
+class DeviceSkip:
+    """Decides on the device whether an update is left out: DeepSpeed would ask the host, and wait for it, every step.
+
+    torch's fused AdamW leaves parameters, moments and step count alone where its `found_inf` is 1. The loss counts
+    too: it can overflow where the gradients do not.
+    """
+
+    def __init__(self, zero: Any) -> None:
+        for module in (stage3, stage_1_and_2):
+            module.is_invalid_grad_norm = lambda norm: False
+        self.zero, self.loss = zero, torch.zeros(())
+        self._clip = zero.unscale_and_clip_grads
+        zero.unscale_and_clip_grads = self._decide_and_clip
+
+    def _decide_and_clip(self, gradients: Any, norm: Tensor) -> None:
+        loss = self.loss.to(norm.device)
+        self.zero.optimizer.found_inf = (~(norm.isfinite() & loss.isfinite())).float()
+        self._clip(gradients, norm)
+
+    @property
+    def skipped(self) -> Tensor:
+        """1 where the last update was left out, else 0."""
+        return self.zero.optimizer.found_inf
+
+
+def mark_communication(zero: Any) -> None:
+    """Count DeepSpeed's gathers and reductions as communication, where phases are measured."""
+
+    def mark(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            with measure("communication"):
+                return original(*args, **kwargs)
+
+        setattr(owner, name, marked)
+
+    if hasattr(zero, "parameter_offload"):
+        mark(zero.parameter_offload.get_param_coordinator(), "fetch_sub_module")
+        mark(zero, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")
+    else:
+        mark(zero, "reduce_ipg_grads")
+
+
 class Fp32Gradients:
     """Accumulates gradients over micro-batches in fp32, where DeepSpeed would in bf16 (coalesced reduction).
 
@@ -172,9 +217,8 @@ def masters(zero: Any) -> list[Tensor]:
 
 def create_adam_state(zero: Any, step: int) -> None:
     """Make Adam's state, zero, with its step count. DeepSpeed restores moments by name but never the count."""
-    fused = any(group.get("fused") for group in zero.optimizer.param_groups)
     for master in masters(zero):
-        count = torch.tensor(float(step), device=master.device if fused else "cpu")
+        count = torch.tensor(float(step), device=master.device)
         zero.optimizer.state[master] = {"step": count, **{key: torch.zeros_like(master) for key in ADAM_STATES}}
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False

@@ -6,7 +6,7 @@ needs is in `private`, one function a cure.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -18,6 +18,7 @@ from megacode.engine.config import deepspeed_config
 from megacode.model.layers import part_of
 from megacode.parallel.build import build_chunks
 from megacode.parallel.mesh import Mesh
+from megacode.parallel.phases import measure
 from megacode.parallel.pipeline import MicroBatch, Pipeline
 from megacode.plan.layout import Layout
 from megacode.recipe import OptimizerSection, Recipe
@@ -39,20 +40,23 @@ def start_deepspeed() -> None:
 class ZeroEngine:
     """This rank's chunks with their optimizer: forward and backward of a step, its update, and access by name."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, num_groups: int = 1) -> None:
         dtype = DTYPES[recipe.precision]
         parallel, config = recipe.parallel, deepspeed_config(recipe)
         with _construction(parallel.zero, mesh, device, dtype, config):
             chunks = build_chunks(recipe.model, layout, mesh, device, dtype)
         self.parameters = dict(chunks.global_parameters())
+        self.backends = chunks.backends
         for parameter in self.parameters.values():
             private.mark_norm_owner(parameter, part_of(parameter).dim is not None or mesh.tensor_rank == 0)
         private.check_traces_within(mesh.data_group)
-        optimizer = adam(self.parameters.values(), recipe.optimizer, device)
+        optimizer = adam(self.parameters.values(), recipe.optimizer)
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=chunks, optimizer=optimizer, config=config, mpu=mesh.mpu
         )
         private.create_adam_state(self.zero, step=0)
+        private.mark_communication(self.zero)
+        self._skip = private.DeviceSkip(self.zero)
         self.zero3, self.reduce_once = parallel.zero == 3, parallel.reduce_policy == "step"
         self.clear_partitions = self.zero3 and not self.reduce_once and layout.virtual_stages > 1
         self._release_leftovers: Callable[[], None] = lambda: None
@@ -62,7 +66,7 @@ class ZeroEngine:
                 self._release_leftovers = private.keep_leftovers(self.zero)
         accumulate = self.reduce_once and recipe.precision == "bf16"
         self._fp32_gradients = private.Fp32Gradients(self.parameters.values()) if accumulate else None
-        self.pipeline = Pipeline(mesh, layout.virtual_stages, recipe.model.hidden, dtype, device)
+        self.pipeline = Pipeline(mesh, layout.virtual_stages, recipe.model.hidden, dtype, device, num_groups)
 
     def train_step(self, batches: list[MicroBatch], loss_scale: Tensor | float) -> Tensor:
         """Forward and backward of a step's micro-batches; gradients are reduced over the data ranks, not yet applied.
@@ -73,23 +77,34 @@ class ZeroEngine:
                 the data ranks, so for the mean over the step's valid tokens it is data ranks / valid tokens.
 
         Returns:
-            The unscaled sum of negative log-likelihoods of this data rank; zero on ranks without the last stage.
+            [num_groups] unscaled sums of the negative log-likelihoods of this data rank; zero on ranks without the last
+            stage.
         """
         with self._step():
             return self.pipeline.train(batches, loss_scale, self._forward, self._backward)
 
     def evaluate(self, batches: list[MicroBatch]) -> Tensor:
-        """The summed negative log-likelihood of the micro-batches; zero on ranks without the last stage."""
+        """[num_groups] sums of the micro-batches' negative log-likelihoods; zero on ranks without the last stage."""
         with private.validation_trace(self.zero) if self.zero3 else nullcontext():
             return self.pipeline.evaluate(batches, self._forward)
 
-    def update(self, learning_rate: float) -> float:
-        """Clip and apply the optimizer's step; returns the gradient norm over the whole model, before clipping."""
+    def update(self, learning_rate: float, loss: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Clip and apply the optimizer's step; leave it out where the gradient norm or the loss is not finite.
+
+        Args:
+            learning_rate: of this step.
+            loss: scalar, the same on every rank.
+
+        Returns:
+            The gradient norm over the whole model before clipping (inf where it is not finite), and 1 where the update
+            was left out, else 0: scalars on the device. No host synchronisation.
+        """
         for group in self.zero.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._skip.loss = torch.zeros(()) if loss is None else loss
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        return self.engine.get_global_grad_norm(), self._skip.skipped
 
     def _forward(self, chunk: int, x: Tensor, batch: MicroBatch, last_stage: bool) -> Tensor:
         return self.engine(chunk, x, batch.positions, batch.cu_seqlens, batch.labels if last_stage else None)
@@ -106,10 +121,14 @@ class ZeroEngine:
             private.start_trace(self.zero)
             if self.clear_partitions:
                 private.clear_partitions(self.zero)
-        with self.engine.coalesce_grad_reduction() if self.reduce_once else nullcontext():
+        with ExitStack() as stack:
+            if self.reduce_once:
+                stack.enter_context(self.engine.coalesce_grad_reduction())
             yield
             if self._fp32_gradients is not None:
                 self._fp32_gradients.hand_over()
+            with measure("communication"):
+                stack.close()
         self._release_leftovers()
 
     def set_optimizer_step(self, step: int) -> None:
@@ -150,8 +169,8 @@ def local_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def adam(parameters: Iterable[nn.Parameter], section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
-    """torch's AdamW; norms do not decay. DeepSpeed's own would have to be compiled."""
+def adam(parameters: Iterable[nn.Parameter], section: OptimizerSection) -> torch.optim.AdamW:
+    """torch's fused AdamW; norms do not decay. DeepSpeed's own would have to be compiled."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if part_of(p).std > 0], "weight_decay": section.weight_decay},
@@ -162,7 +181,7 @@ def adam(parameters: Iterable[nn.Parameter], section: OptimizerSection, device: 
         lr=section.learning_rate,
         betas=(section.beta1, section.beta2),
         eps=section.epsilon,
-        fused=device.type == "cuda",
+        fused=True,
     )
 
 

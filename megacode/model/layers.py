@@ -110,6 +110,8 @@ class Layers(Protocol):
 
     tensor_ranks: int
     """How many ranks share the heads and the feed-forward width."""
+    backends: dict[str, str]
+    """Which backend computes each operation that has several."""
     rope: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     """(q, k, positions, theta) -> rotated q, k; half-split pairs as in HF."""
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -140,7 +142,7 @@ class Layers(Protocol):
         ...
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the negative log-likelihoods over labels that are not IGNORE: fp32 scalar, the same on every rank."""
+        """Negative log-likelihood of each label [batch, sequence], 0 where IGNORE: fp32, the same on every rank."""
         ...
 
 
@@ -151,8 +153,9 @@ class PlainLayers:
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         device = torch.device(device)
-        self.rope = dispatch.choose("rope", device=device, dtype=dtype).function
-        self.attention = dispatch.choose("attention", device=device, dtype=dtype).function
+        choices = {name: dispatch.choose(name, device=device, dtype=dtype) for name in ("rope", "attention")}
+        self.backends = {name: choice.name for name, choice in choices.items()}
+        self.rope, self.attention = choices["rope"].function, choices["attention"].function
 
     def embedding(self, rows: int, hidden: int, std: float) -> nn.Module:
         return Embedding(rows, hidden, Slice((rows, hidden), std))
@@ -172,4 +175,5 @@ class PlainLayers:
         return x
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+        return losses.view(labels.shape)

@@ -118,8 +118,9 @@ class Llama(nn.Module):
             labels: [batch, sequence] of the last chunk; IGNORE has no loss.
 
         Returns:
-            Hidden states, for all chunks but the last; of the last, the summed negative log-likelihood if there are
-            labels (fp32 scalar), else this rank's logits [batch, sequence, vocabulary].
+            Hidden states, for all chunks but the last; of the last, the negative log-likelihood of each label
+            [batch, sequence] if there are labels (fp32, 0 where IGNORE), else this rank's logits
+            [batch, sequence, vocabulary].
         """
         x = self.model(x, positions, cu_seqlens)
         if self.lm_head is None:

@@ -16,9 +16,9 @@ from megacode.recipe import ModelSection
 class Chunks(nn.Module):
     """The chunks of one pipeline rank, as the one module that its engine holds."""
 
-    def __init__(self, chunks: list[Llama]) -> None:
+    def __init__(self, chunks: list[Llama], backends: dict[str, str]) -> None:
         super().__init__()
-        self.chunks = nn.ModuleList(chunks)
+        self.chunks, self.backends = nn.ModuleList(chunks), backends
 
     def forward(
         self, chunk: int, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, labels: Tensor | None
@@ -40,5 +40,6 @@ def build_chunks(config: ModelSection, layout: Layout, mesh: Mesh, device: torch
         [
             Llama(config, layers, layout.stages[stage], first=stage == 0, last=stage == num_stages - 1)
             for stage in range(mesh.pipeline_rank, num_stages, mesh.pipeline)
-        ]
+        ],
+        layers.backends,
     )

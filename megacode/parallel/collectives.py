@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megacode.parallel.phases import measure
+
 
 class _Copy(torch.autograd.Function):
     @staticmethod
@@ -19,7 +21,8 @@ class _Copy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
+        with measure("communication"):
+            dist.all_reduce(grad, group=ctx.group)
         return grad, None
 
 
@@ -27,7 +30,8 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
+        with measure("communication"):
+            dist.all_reduce(x, group=group)
         return x
 
     @staticmethod

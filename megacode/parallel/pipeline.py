@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megacode.parallel.mesh import Mesh
+from megacode.parallel.phases import measure
 from megacode.parallel.schedule import Operation, forwards_only, one_f_one_b
 
 
@@ -23,10 +25,12 @@ class MicroBatch:
     """[batch, sequence] int64"""
     cu_seqlens: Tensor | None
     """int32 [segments + 1] over the flattened batch * sequence; None: no document masks"""
+    groups: Tensor | None = None
+    """[batch, sequence] int64: the group in which a label's loss counts; None: all in group 0"""
 
 
 Forward = Callable[[int, Tensor, MicroBatch, bool], Tensor]
-"""(chunk, input, micro-batch, whether it is the last stage) -> hidden states, or the last stage's scalar loss."""
+"""(chunk, input, micro-batch, whether it is the last stage) -> hidden states, or the last stage's losses of labels."""
 Backward = Callable[[Tensor, bool], None]
 """(scalar, whether it is the step's last backward): runs backward from the scalar."""
 
@@ -48,14 +52,17 @@ class _Seed(torch.autograd.Function):
 class Pipeline:
     """Executes the schedule of this pipeline rank over its chunks."""
 
-    def __init__(self, mesh: Mesh, virtual_stages: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.mesh, self.virtual_stages, self.hidden, self.dtype, self.device = (
-            mesh,
-            virtual_stages,
-            hidden,
-            dtype,
-            device,
-        )
+    def __init__(
+        self,
+        mesh: Mesh,
+        virtual_stages: int,
+        hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_groups: int = 1,
+    ) -> None:
+        self.mesh, self.virtual_stages, self.num_groups = mesh, virtual_stages, num_groups
+        self.hidden, self.dtype, self.device = hidden, dtype, device
         self.num_stages = mesh.pipeline * virtual_stages
 
     def train(
@@ -64,7 +71,8 @@ class Pipeline:
         """Forward and backward of all micro-batches of a step; backward starts from the loss times `loss_scale`.
 
         Returns:
-            The sum of the last stage's unscaled losses; zero on ranks without the last stage. No host synchronisation.
+            [num_groups] sums of the last stage's unscaled losses; zero on ranks without the last stage. No host
+            synchronisation.
         """
         mesh = self.mesh
         operations = one_f_one_b(mesh.pipeline, mesh.pipeline_rank, len(batches), self.virtual_stages)
@@ -92,38 +100,50 @@ class Pipeline:
         backward: Backward,
     ) -> Tensor:
         held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        total = torch.zeros(self.num_groups, dtype=torch.float32, device=self.device)
         pending: list[tuple[dist.Work, Tensor]] = []
         last_backward = max((i for i, o in enumerate(operations) if o.kind == "backward"), default=-1)
         keep_graph = last_backward >= 0
         received, work = self._exchange(None, operations[0], batches, pending)
         for number, operation in enumerate(operations):
             if work is not None:
-                work.wait()
+                with measure("communication"):
+                    work.wait()
             stage, key = self._stage(operation), (operation.chunk, operation.micro_batch)
             batch = batches[operation.micro_batch]
             last_stage = stage == self.num_stages - 1
             send: Tensor | None = None
             if operation.kind == "forward":
                 x = batch.tokens if received is None else received.requires_grad_(keep_graph)
-                y = forward(operation.chunk, x, batch, last_stage)
+                with measure("forward"):
+                    y = forward(operation.chunk, x, batch, last_stage)
                 if last_stage:
-                    total += y.detach()
+                    total += self._by_group(y.detach(), batch)
                 else:
                     send = y.detach()
                 if keep_graph:
                     held[key] = (x, y)
             else:
                 x, y = held.pop(key)
-                backward(y * loss_scale if received is None else _Seed.apply(y, received), number == last_backward)
+                with measure("backward"):
+                    scalar = y.sum() * loss_scale if received is None else _Seed.apply(y, received)
+                    backward(scalar, number == last_backward)
                 send = x.grad if stage > 0 else None
             following = operations[number + 1] if number + 1 < len(operations) else None
             received, work = self._exchange(
                 (operation, send) if send is not None else None, following, batches, pending
             )
-        for handle, _ in pending:
-            handle.wait()
+        with measure("communication"):
+            for handle, _ in pending:
+                handle.wait()
         return total
+
+    def _by_group(self, losses: Tensor, batch: MicroBatch) -> Tensor:
+        """[num_groups] sums of the losses [batch, sequence]."""
+        if batch.groups is None or self.num_groups == 1:
+            return F.pad(losses.sum()[None], (0, self.num_groups - 1))
+        members = F.one_hot(batch.groups.flatten(), self.num_groups).to(losses.dtype)
+        return losses.flatten() @ members
 
     def _exchange(
         self,

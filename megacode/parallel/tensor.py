@@ -70,7 +70,7 @@ class _VocabularyLoss(torch.autograd.Function):
         sums = torch.stack([exponentials.sum(-1), target])  # [2, tokens]
         dist.all_reduce(sums, group=group)
         ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), local, foreign, ignored)
-        return (sums[0].log() - sums[1]).masked_fill(ignored, 0.0).sum()
+        return (sums[0].log() - sums[1]).masked_fill(ignored, 0.0)  # [tokens]
 
     @staticmethod
     @once_differentiable
@@ -78,7 +78,8 @@ class _VocabularyLoss(torch.autograd.Function):
         softmax, local, foreign, ignored = ctx.saved_tensors
         minus_one = (~foreign).to(softmax.dtype).neg_().unsqueeze(-1)
         softmax = softmax.scatter_add(-1, local.unsqueeze(-1), minus_one)
-        return softmax.masked_fill_(ignored.unsqueeze(-1), 0.0).mul_(grad).to(ctx.dtype), None, None, None
+        softmax = softmax.masked_fill_(ignored.unsqueeze(-1), 0.0).mul_(grad.unsqueeze(-1))
+        return softmax.to(ctx.dtype), None, None, None
 
 
 class TensorLayers(PlainLayers):
@@ -121,4 +122,5 @@ class TensorLayers(PlainLayers):
         return copy_to_tensor_ranks(x, self.group)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return _VocabularyLoss.apply(logits.flatten(0, 1), labels.flatten(), self._head_start, self.group)
+        losses = _VocabularyLoss.apply(logits.flatten(0, 1), labels.flatten(), self._head_start, self.group)
+        return losses.view(labels.shape)

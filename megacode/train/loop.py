@@ -1,10 +1,10 @@
-"""The training loop: what a rank does from its recipe to the last checkpoint."""
+"""The training loop: what a rank does from its first step to the last checkpoint."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,24 @@ import torch
 import torch.distributed as dist
 
 from megacode.checkpoint import store
-from megacode.checkpoint.store import CheckpointReader, Progress, Writer
-from megacode.data.shards import Shards
+from megacode.checkpoint.store import Progress
+from megacode.data.packing import Int64Array
 from megacode.data.stream import MicroBatch as HostBatch
 from megacode.data.stream import TrainStream, ValidationStream, step_indices
 from megacode.engine.zero import ZeroEngine
-from megacode.errors import UserError
-from megacode.model.layers import IGNORE, initial_values, part_of
+from megacode.model.layers import IGNORE, part_of
 from megacode.parallel.mesh import Mesh
+from megacode.parallel.phases import Recorder, measure
 from megacode.parallel.pipeline import MicroBatch
 from megacode.plan.layout import Layout
+from megacode.plan.model import flops_per_token
 from megacode.recipe import Recipe
-from megacode.train.metrics import Metrics, memory_bytes, write_status
+from megacode.train.faults import Asked, Requests
+from megacode.train.journal import Journal
+from megacode.train.metrics import device_peak_teraflops, memory_bytes, split_losses, write_status
+from megacode.train.profile import profiled
 from megacode.train.schedule import learning_rate
+from megacode.train.start import writer
 
 
 @dataclass
@@ -40,245 +45,178 @@ class Trainer:
     stream: TrainStream
     validation: ValidationStream | None
     progress: Progress
-    metrics: Metrics | None
+    requests: Requests
+    journal: Journal | None
+    """On rank 0 only."""
+    recorder: Recorder | None = None
+    """Of the phases of a step, where the recipe asks for them."""
+    skips_in_a_row: int = field(default=0, init=False)
 
-    def run(self) -> None:
-        """Train from `progress` to the last step of the schedule."""
+    def run(self) -> str | None:
+        """Train from `progress` to the schedule's last step; returns who asked to stop before it, or None.
+
+        Raises:
+            FloatingPointError: a loss or a gradient norm is not finite, and the recipe does not go on then.
+        """
         schedule, checkpoint, logging = self.recipe.schedule, self.recipe.checkpoint, self.recipe.logging
-        while self.progress.step < schedule.steps:
-            self.step()
+        asked = Asked(None, False)
+        while self.progress.step < schedule.steps and asked.stop is None:
+            recipe_asks = self.progress.step + 1 in logging.profile_steps and self.mesh.rank in logging.profile_ranks
+            with profiled(self.recipe, self.mesh.rank, self.progress.step + 1) if recipe_asks else nullcontext():
+                asked = self.step()
             step = self.progress.step
             last = step == schedule.steps
             if self.validation is not None and (last or step % logging.validate_every_steps == 0):
                 self.validate()
-            if last or step % checkpoint.every_steps == 0:
+            if last or asked.stop is not None or asked.save or step % checkpoint.every_steps == 0:
                 self.save()
+                self.requests.done(asked)
+        return asked.stop if self.progress.step < schedule.steps else None
 
-    def finish(self) -> None:
-        """Say that the run is finished, with every rank's peak memory. Waits for all ranks."""
+    def finish(self, stopped: str | None) -> None:
+        """Say that the run is finished or was asked to stop, with every rank's peak memory. Waits for all ranks."""
         memory = writer(self.mesh).gather(memory_bytes(self.device))
-        if memory is not None:
-            write_status(Path(self.recipe.run), "finished", step=self.progress.step, memory_bytes=memory)
+        if self.journal is not None:
+            run, step = Path(self.recipe.run), self.progress.step
+            newest = store.newest(run)
+            facts = {"step": step, "checkpoint": newest and str(newest), "memory_bytes": memory}
+            if stopped is None:
+                write_status(run, "finished", **facts)
+            else:
+                text = f"stopped at step {step}: asked by {stopped}; start again to go on"
+                self.journal.event("stop", step, text, asked_by=stopped)
+                write_status(run, "stopped", message=f"asked by {stopped}", **facts)
+            self.journal.close()
 
-    def step(self) -> None:
-        """One optimizer step."""
+    def step(self) -> Asked:
+        """One optimizer step; what the ranks have agreed on at its end."""
         started = time.monotonic()
-        recipe, first = self.recipe, self.progress.next_sample
-        batches, (num_valid, num_infilled) = self._batches(self.stream.micro_batch, first, recipe.batch.global_samples)
-        loss = self.engine.train_step(batches, self.mesh.zero_size / num_valid.clamp(min=1))
+        recipe, first, groups = self.recipe, self.progress.next_sample, 2 * len(self.stream.sources)
+        with measure("data"):
+            batches, counts = self._batches(self.stream.micro_batch, first, recipe.batch.global_samples)
+            asked = self.requests.noted().to(self.device, non_blocking=True)
+        num_valid = counts.sum().clamp(min=1)
+        sums = self.engine.train_step(batches, self.mesh.zero_size / num_valid)
+        with measure("communication"):
+            totals = torch.cat([sums / self.mesh.tensor, asked])
+            dist.all_reduce(totals)
         rate = learning_rate(recipe, self.progress.step)
-        norm = self.engine.update(rate)
-        mean = self._mean(loss, num_valid)
-        if not (math.isfinite(norm) and math.isfinite(mean)):
-            raise FloatingPointError(
-                f"step {self.progress.step + 1}: loss {mean}, gradient norm {norm}; its update was not applied. "
-                f"Start again, from the last checkpoint if there is one, with a lower optimizer.learning_rate"
-            )
+        with measure("optimizer"):
+            norm, skipped = self.engine.update(rate, totals[:groups].sum() / num_valid)
+            # The step's one wait for the device.
+            values = torch.cat([part.double().flatten() for part in (totals, counts, norm, skipped)]).tolist()
+        loss_sums, flags = values[:groups], values[groups : len(totals)]
+        label_counts, (norm_value, skip) = values[len(totals) : -2], values[-2:]
         self.progress = dataclasses.replace(
             self.progress,
             step=self.progress.step + 1,
             next_sample=first + recipe.batch.global_samples,
-            adam_step=self.engine.optimizer_step,
+            adam_step=self.progress.adam_step + (0 if skip else 1),
         )
-        if self.metrics is not None:
-            tokens = recipe.batch.global_samples * recipe.batch.sequence_length
-            self.metrics.log(
-                {
-                    "step": self.progress.step,
-                    "tokens": self.progress.next_sample * recipe.batch.sequence_length,
-                    "loss": mean,
-                    "infilled_share": float(num_infilled / num_valid),
-                    "grad_norm": norm,
-                    "learning_rate": rate,
-                    "tokens_per_second": tokens / (time.monotonic() - started),
-                    "memory_bytes": memory_bytes(self.device),
-                }
-            )
+        with measure("logging"):
+            losses = split_losses(loss_sums, label_counts, self.stream.sources)
+            figures = {**losses, "grad_norm": norm_value, "learning_rate": rate, "skipped": bool(skip)}
+            self._log(figures, time.monotonic() - started)
+        self._judge(figures, first)
+        return self.requests.agree(flags)
+
+    def _log(self, figures: dict[str, Any], seconds: float) -> None:
+        phases = self.recorder.take() if self.recorder else None
+        if self.journal is None:
+            return
+        recipe, length = self.recipe, self.recipe.batch.sequence_length
+        rate = recipe.batch.global_samples * length / seconds
+        peak = device_peak_teraflops(recipe, self.device)
+        line = {
+            "step": self.progress.step,
+            "tokens": self.progress.next_sample * length,
+            **figures,
+            "step_seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": peak and flops_per_token(recipe.model, length) * rate / (self.layout.world_size * peak * 1e12),
+            "memory_bytes": memory_bytes(self.device),
+        }
+        self.journal.metrics(line if phases is None else {**line, "phases": phases})
+
+    def _judge(self, figures: dict[str, Any], first: int) -> None:
+        """What the recipe says of a step whose update was left out since its loss or its norm is not finite."""
+        if not figures["skipped"]:
+            self.skips_in_a_row = 0
+            return
+        self.skips_in_a_row += 1
+        faults, step, count = self.recipe.faults, self.progress.step, self.recipe.batch.global_samples
+        text = (
+            f"step {step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}; its update was not applied "
+            f"(samples {first} to {first + count - 1})"
+        )
+        if self.journal is not None:
+            self.journal.event(
+                "skip", step, text, first_sample=first, num_samples=count, loss=str(figures["loss"]),
+                grad_norm=str(figures["grad_norm"]), policy=faults.non_finite,
+            )  # fmt: skip
+        mend = (
+            "start again, from the last checkpoint if there is one, with a lower optimizer.learning_rate, or let "
+            "faults.non_finite: skip leave such steps out"
+        )
+        if faults.non_finite == "stop":
+            raise FloatingPointError(f"{text}; {mend}")
+        if self.skips_in_a_row >= faults.skips_in_a_row:
+            raise FloatingPointError(f"{text}, the {self.skips_in_a_row}th in a row (faults.skips_in_a_row); {mend}")
 
     def validate(self) -> None:
         """Mean loss over the validation set, or as much of it as the recipe says, in batches of a step's size."""
         assert self.validation is not None
         size = self.recipe.batch.global_samples
         wanted = self.recipe.logging.validation_samples or self.validation.num_samples
-        loss_sum = torch.zeros((), device=self.device)
-        num_valid = torch.zeros((), dtype=torch.int64, device=self.device)
+        sums = torch.zeros(2 * len(self.stream.sources), device=self.device)
+        counts = torch.zeros(2 * len(self.stream.sources), dtype=torch.int64, device=self.device)
         for first in range(0, min(wanted, self.validation.num_samples), size):
-            batches, (valid, _) = self._batches(self.validation.micro_batch, first, size)
-            loss_sum += self.engine.evaluate(batches)
-            num_valid += valid
-        mean = self._mean(loss_sum, num_valid)
-        if self.metrics is not None:
-            self.metrics.log({"step": self.progress.step, "validation_loss": mean, "validation_tokens": int(num_valid)})
+            batches, batch_counts = self._batches(self.validation.micro_batch, first, size)
+            sums += self.engine.evaluate(batches)
+            counts += batch_counts
+        dist.all_reduce(sums)
+        if self.journal is not None:
+            num_valid = int(counts.sum())
+            mean = float(sums.sum()) / self.mesh.tensor / num_valid
+            line = {"step": self.progress.step, "validation_loss": mean, "validation_tokens": num_valid}
+            self.journal.metrics(line)
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
-        run = Path(self.recipe.run)
+        started = time.monotonic()
+        run, step = Path(self.recipe.run), self.progress.step
         parts = {name: part_of(parameter) for name, parameter in self.engine.parameters.items()}
-        folder = store.step_folder(run, self.progress.step)
+        folder = store.step_folder(run, step)
         store.save(folder, self.recipe, self.progress, parts, self.engine.read, writer(self.mesh))
-        if self.mesh.rank == 0:
-            write_status(run, "running", step=self.progress.step, checkpoint=str(folder))
-            print(f"step {self.progress.step}: checkpoint in {folder}", flush=True)
+        if self.journal is not None:
+            write_status(run, "running", step=step, checkpoint=str(folder))
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            seconds = time.monotonic() - started
+            text = f"step {step}: checkpoint in {folder}"
+            self.journal.event("checkpoint", step, text, folder=str(folder), seconds=seconds, bytes=size)
 
     def _batches(
         self, read: Callable[[list[int]], HostBatch], first: int, count: int
     ) -> tuple[list[MicroBatch], torch.Tensor]:
-        """This data rank's micro-batches of samples first..first+count-1; how many labels of all data ranks are valid,
-        and how many of these belong to infilling documents.
+        """This data rank's micro-batches of samples first..first+count-1, and how many labels of all data ranks count,
+        by group: 2 * source + whether the label belongs to an infilling document.
         """
         mesh, micro = self.mesh, self.recipe.batch.micro_samples
         indices = step_indices(first, count, micro, mesh.zero_size, mesh.zero_rank)
         host = [read(numbers) for numbers in indices]
-        valid = [batch.labels != IGNORE for batch in host]
-        infilled = [batch.infilled & mask for batch, mask in zip(host, valid, strict=True)]
-        counts = torch.tensor([sum(map(np.count_nonzero, valid)), sum(map(np.count_nonzero, infilled))])
-        counts = counts.to(self.device)
-        dist.all_reduce(counts, group=mesh.data_group)
-        return [_to_device(batch, self.device) for batch in host], counts
-
-    def _mean(self, loss_sum: torch.Tensor, num_valid: torch.Tensor) -> float:
-        """Loss per valid token over the data ranks, on every rank; all tensor ranks of the last stage hold the same."""
-        dist.all_reduce(loss_sum)
-        return float(loss_sum / self.mesh.tensor / num_valid)
-
-
-def start(
-    recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, stream: TrainStream,
-    validation: ValidationStream | None,
-) -> Trainer:  # fmt: skip
-    """A trainer at the newest checkpoint of the run folder, or at the beginning."""
-    engine = ZeroEngine(recipe, layout, mesh, device)
-    run = Path(recipe.run)
-    # Rank 0 decides: on network file systems the ranks may see different newest folders.
-    newest = writer(mesh).broadcast(store.newest(run))
-    if newest is not None:
-        progress = resume(engine, CheckpointReader(newest), mesh)
-    else:
-        progress = Progress(0, 0, 0, recipe.seed, recipe.batch.sequence_length, stream.windows.num_tokens)
-        _initialise(engine, recipe, mesh)
-    metrics = Metrics(run, progress.step, recipe.schedule.steps) if mesh.rank == 0 else None
-    if mesh.rank == 0:
-        write_status(run, "running", step=progress.step)
-        print(f"{'resuming from ' + str(newest) if newest else 'starting'} at step {progress.step}", flush=True)
-        if progress.step >= recipe.schedule.steps:
-            print(f"nothing to do: schedule.steps is {recipe.schedule.steps}; raise it to go on", flush=True)
-        else:
-            recipe.save(run / "recipe.yaml")
-    return Trainer(recipe, layout, mesh, device, engine, stream, validation, progress, metrics)
-
-
-def check_run_folder(recipe: Recipe, num_tokens: int) -> None:
-    """Refuse to go on with a run whose checkpoints are of another model, tokenizer, seed or corpus of other length.
-
-    Raises:
-        UserError: names the key that differs.
-    """
-    newest = store.newest(Path(recipe.run))
-    checkpoint = newest or recipe.checkpoint.start_from
-    if checkpoint is None:
-        return
-    reader = CheckpointReader(Path(checkpoint))
-    for key in type(reader.model).model_fields:
-        here, there = getattr(recipe.model, key), getattr(reader.model, key)
-        if here != there and key not in ("preset", "init_std", "max_positions"):
-            raise UserError(
-                f"model.{key} is {here} and {checkpoint} has {there}; change it, or name another `run` folder"
-            )
-    if Path(recipe.tokenizer.path).read_bytes() != reader.tokenizer_path.read_bytes():
-        raise UserError(
-            f"tokenizer.path differs from the tokenizer of {checkpoint}; name that one, or another `run` folder"
+        groups = [2 * batch.sources[:, None] + batch.infilled for batch in host]
+        counts = sum(
+            np.bincount(group[batch.labels != IGNORE], minlength=2 * len(self.stream.sources))
+            for group, batch in zip(groups, host, strict=True)
         )
-    if newest is None:
-        return
-    progress = reader.progress
-    for key, here, there in (
-        ("seed", recipe.seed, progress.seed),
-        ("batch.sequence_length", recipe.batch.sequence_length, progress.sequence_length),
-        ("the number of tokens of data.train", num_tokens, progress.num_tokens),
-    ):
-        if here != there:
-            raise UserError(
-                f"{key} is {here} and {newest} has {there}, by which it counts its samples; change it back, or name "
-                f"another `run` folder (checkpoint.start_from takes the weights along)"
-            )
+        totals = torch.as_tensor(counts, dtype=torch.int64).to(self.device)
+        dist.all_reduce(totals, group=mesh.data_group)
+        return [_to_device(batch, group, self.device) for batch, group in zip(host, groups, strict=True)], totals
 
 
-def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress:
-    """Load weights, Adam's state and progress from a checkpoint of any layout, after checking its files.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
-    _verify(reader, mesh)
-    engine.set_optimizer_step(reader.progress.adam_step)
-    for name, parameter in engine.parameters.items():
-        for key in ("weight", *store.STATES):
-            engine.write(name, reader.read_part(name, part_of(parameter), key), key)
-    return reader.progress
-
-
-def _verify(reader: CheckpointReader, mesh: Mesh) -> None:
-    """Check every file once, shared by the ranks; what one finds is raised on all."""
-    problem = None
-    try:
-        reader.verify(mesh.rank, dist.get_world_size())
-    except UserError as error:
-        problem = str(error)
-    ranks = writer(mesh)
-    problems = ranks.gather(problem)
-    problem = ranks.broadcast(problems and next(filter(None, problems), None))
-    if problem is not None:
-        raise UserError(problem)
-
-
-def _initialise(engine: ZeroEngine, recipe: Recipe, mesh: Mesh) -> None:
-    """Weights of the checkpoint that the recipe starts from, or random ones: the same in every layout."""
-    source = recipe.checkpoint.start_from
-    reader = CheckpointReader(Path(source)) if source else None
-    if reader is not None:
-        _verify(reader, mesh)
-    for name, parameter in engine.parameters.items():
-        part = part_of(parameter)
-        whole = reader.read_part(name, part) if reader else part.take(initial_values(name, part, recipe.seed))
-        engine.write(name, whole)
-
-
-def _to_device(batch: HostBatch, device: torch.device) -> MicroBatch:
+def _to_device(batch: HostBatch, groups: Int64Array, device: torch.device) -> MicroBatch:
     def move(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     cu_seqlens = None if batch.cu_seqlens is None else move(batch.cu_seqlens)
-    return MicroBatch(move(batch.tokens), move(batch.labels), move(batch.positions), cu_seqlens)
-
-
-def writer(mesh: Mesh) -> Writer:
-    """This rank, as `store.save` asks for it."""
-    group = mesh.control_group
-
-    def gather(value: Any) -> list[Any] | None:
-        collected: list[Any] | None = [None] * dist.get_world_size() if mesh.rank == 0 else None
-        dist.gather_object(value, collected, group=group)
-        return collected
-
-    def broadcast(value: Any) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, group=group)
-        return box[0]
-
-    return Writer(mesh.rank, mesh.zero_rank, mesh.zero_size, mesh.tensor_rank, gather, broadcast)
-
-
-def open_streams(recipe: Recipe, tokenizer: Any) -> tuple[TrainStream, ValidationStream | None]:
-    """The recipe's training and validation streams.
-
-    Raises:
-        UserError: shards are missing, damaged, too short or of another tokenizer.
-    """
-    data, length = recipe.data, recipe.batch.sequence_length
-    stream = TrainStream(
-        Shards(data.train), tokenizer, sequence_length=length, seed=recipe.seed, infilling_rate=data.infilling_rate,
-        suffix_first_rate=data.suffix_first_rate, document_masks=data.document_masks,
-    )  # fmt: skip
-    if data.valid is None:
-        return stream, None
-    return stream, ValidationStream(Shards(data.valid), sequence_length=length, document_masks=data.document_masks)
+    return MicroBatch(move(batch.tokens), move(batch.labels), move(batch.positions), cu_seqlens, move(groups))

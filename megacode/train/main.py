@@ -1,4 +1,4 @@
-"""From a recipe file to a finished run, on one rank: what launchers/train.py calls."""
+"""From a recipe file to a finished run, on one rank: what launchers/train.py and `python -m megacode.train` call."""
 
 import argparse
 import os
@@ -6,25 +6,36 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 from megacode import recipe
 from megacode.checkpoint import store
+from megacode.data.stream import TrainStream, ValidationStream
 from megacode.data.tokenizer import Tokenizer
 from megacode.engine.config import deepspeed_config
-from megacode.engine.zero import check_version, start_deepspeed
+from megacode.engine.zero import ZeroEngine, check_version, start_deepspeed
 from megacode.errors import UserError
-from megacode.parallel.mesh import build_mesh
-from megacode.plan.layout import fit
+from megacode.parallel.mesh import Mesh, build_mesh
+from megacode.parallel.phases import record
+from megacode.plan.layout import Layout, fit
 from megacode.recipe import Recipe
-from megacode.train import loop
+from megacode.train import faults, metrics, start
+from megacode.train.console import Console
+from megacode.train.faults import EXIT_STOPPED, Peer, PeerWatch, Requests
+from megacode.train.journal import Journal
 from megacode.train.launch import Place, find_device, find_place, start_process_group
-from megacode.train.metrics import fail_status, write_status
+from megacode.train.loop import Trainer
+from megacode.train.trackers import check_trackers, open_trackers
 
 
 def main(arguments: list[str]) -> int:
-    """Train; returns the process's exit code: 0 finished, 1 failed, 2 the user can mend it (said once a machine)."""
+    """Train; returns the process's exit code.
+
+    0: finished; 1: failed; 2: the user can mend it (said once a machine); 75: asked to stop, and saved.
+    """
     options = _parse(arguments)
     place = Place(0, 0, 1, 1)
     try:
@@ -34,31 +45,128 @@ def main(arguments: list[str]) -> int:
         tokenizer, config = _load(options)
         layout = fit(config, place.world_size)
         deepspeed_config(config)
-        stream, validation = loop.open_streams(config, tokenizer)
-        loop.check_run_folder(config, stream.windows.num_tokens)
+        check_trackers(config)
+        streams = start.open_streams(config, tokenizer)
+        start.check_run_folder(config, streams[0].windows.num_tokens)
+        start.check_disk(config)
         _make_run_folder(Path(config.run), place)
     except UserError as error:
         return _refuse(error, place)
-    try:
-        timeout_seconds = config.faults.collective_timeout_seconds
-        start_process_group(place, device, timeout_seconds)
-        mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, timeout_seconds=timeout_seconds)
-        start_deepspeed()
-        trainer = loop.start(config, layout, mesh, device, stream, validation)
-        trainer.run()
-        trainer.finish()
-        dist.destroy_process_group()
-    except (Exception, KeyboardInterrupt) as error:
-        # A rank that raises must end at once and loudly: the others sit in collectives that it will never enter, and
-        # the launcher ends them when this process is gone. Interpreter shutdown could wait for those collectives.
+    return Run(config, layout, place, device).run(streams)
+
+
+class Run:
+    """A rank's run, from its process group to its end, whatever that is."""
+
+    def __init__(self, recipe: Recipe, layout: Layout, place: Place, device: torch.device) -> None:
+        self.recipe, self.layout, self.place, self.device = recipe, layout, place, device
+        self.folder = Path(recipe.run)
+        self.journal: Journal | None = None
+        self.watch: PeerWatch | None = None
+        self.hosts: list[str] = []
+        self.requests = Requests(self.folder, looks=place.rank == 0)
+
+    def run(self, streams: tuple[TrainStream, ValidationStream | None]) -> int:
+        """The exit code. A failure ends the process at once."""
+        timeout_seconds = self.recipe.faults.collective_timeout_seconds
         try:
-            fail_status(Path(config.run), place.rank, error, store.newest(Path(config.run)))
+            start_process_group(self.place, self.device, timeout_seconds)
+            layout = self.layout
+            mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, timeout_seconds=timeout_seconds)
+            self._watch_peers(mesh)
+            start_deepspeed()
+            trainer = self._trainer(mesh, *streams)
+            self.requests.listen()
+            stopped = trainer.run()
+            assert self.watch is not None
+            self.watch.stop()
+            trainer.finish(stopped)
+            dist.barrier(group=mesh.control_group)
+            dist.destroy_process_group()
+        except (Exception, KeyboardInterrupt) as error:
+            self._fail(error)
+        return 0 if stopped is None else EXIT_STOPPED
+
+    def _watch_peers(self, mesh: Mesh) -> None:
+        peers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(peers, faults.this_process(mesh.rank), group=mesh.control_group)
+        self.hosts = [peer.host for peer in peers]
+        self.watch = PeerWatch(peers, mesh.rank, self._is_in_vain, self._peers_are_gone)
+        self.watch.start()
+
+    def _is_in_vain(self) -> bool:
+        """Whether a signal came since the run has failed: launchers end the ranks of other machines so."""
+        return self.requests.signalled and metrics.read_status(self.folder).get("outcome") == "failed"
+
+    def _trainer(self, mesh: Mesh, stream: TrainStream, validation: ValidationStream | None) -> Trainer:
+        """A trainer at the newest checkpoint of the run folder, or at the beginning."""
+        config, device = self.recipe, self.device
+        engine = ZeroEngine(config, self.layout, mesh, device, num_groups=2 * len(stream.sources))
+        # Rank 0 decides: on network file systems the ranks may see different newest folders.
+        ranks = start.writer(mesh)
+        newest = ranks.broadcast(store.newest(self.folder))
+        progress = start.load_weights(engine, config, mesh, newest, stream.windows.num_tokens)
+        if mesh.rank == 0:
+            step, hosts = progress.step, self.hosts
+            facts = metrics.start_facts(config, self.layout, device, hosts, step, newest, engine.backends)
+            self._announce(step, newest, facts)
+        recorder = record(device) if config.logging.phases else None
+        return Trainer(
+            config, self.layout, mesh, device, engine, stream, validation, progress, self.requests, self.journal,
+            recorder,
+        )  # fmt: skip
+
+    def _announce(self, step: int, newest: Path | None, facts: dict[str, Any]) -> None:
+        """Rank 0 opens the run's files and says what starts."""
+        steps = self.recipe.schedule.steps
+        print(f"{'resuming from ' + str(newest) if newest else 'starting'} at step {step}", flush=True)
+        if step >= steps:
+            print(f"nothing to do: schedule.steps is {steps}; raise it to go on", flush=True)
+        else:
+            self.recipe.save(self.folder / "recipe.yaml")
+        metrics.write_status(self.folder, "running", step=step, checkpoint=newest and str(newest))
+        metrics.append_start(self.folder, facts)
+        trackers = open_trackers(self.recipe, step, facts)
+        self.journal = Journal(self.folder, step, Console(step, steps), trackers)
+
+    def _peers_are_gone(self, gone: list[Peer], tells: bool) -> None:
+        """Called in a thread: other ranks of this machine have ended, and this one must not wait for them."""
+        if tells:
+            self._tell(f"{_names(gone)} ended" if gone else "another rank failed", None)
+        os._exit(1)
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """End at once and loudly: the others sit in collectives that this rank will never enter.
+
+        Interpreter shutdown could wait for those collectives.
+        """
+        try:
+            if self.watch is not None:
+                self.watch.stop()
             if isinstance(error, UserError):
-                os._exit(_refuse(error, place))
-            print(f"rank {place.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+                metrics.fail_status(self.folder, self.place.rank, str(error), store.newest(self.folder))
+                os._exit(_refuse(error, self.place))
+            time.sleep(0.5)  # a rank that dies closes its connections before the kernel says that it is gone
+            gone = self.watch.gone() if self.watch is not None else []
+            message = f"{type(error).__name__}: {error}"
+            self._tell(f"{_names(gone)} ended ({message})" if gone else message, traceback.format_exc())
         finally:
             os._exit(1)
-    return 0
+
+    def _tell(self, message: str, trace: str | None) -> None:
+        """Say why the run fails, in status.json and on stderr, unless another rank has: this follows from it then."""
+        rank = self.place.rank
+        first = metrics.fail_status(self.folder, rank, message, store.newest(self.folder))
+        if first is not None:
+            print(f"rank {rank} ends, since rank {first['rank']} failed", file=sys.stderr, flush=True)
+        else:
+            print(f"rank {rank} failed: {message}" + (f"\n{trace}" if trace else ""), file=sys.stderr, flush=True)
+        if self.journal is not None:
+            self.journal.close()
+
+
+def _names(peers: list[Peer]) -> str:
+    return ", ".join(f"rank {peer.rank} (process {peer.pid})" for peer in peers)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -93,7 +201,7 @@ def _make_run_folder(run: Path, place: Place) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         if place.rank == 0:
-            write_status(run, "running")
+            metrics.write_status(run, "running")
     except OSError as error:
         raise UserError(f"run: cannot write the folder {run}: {error.strerror}; mend that or name another") from None
 

@@ -1,65 +1,27 @@
-"""What a run says of itself: a console line and a line of metrics.jsonl a step, and status.json."""
+"""Figures of a run: a step's line of metrics, status.json, and what a start was made on."""
 
 import json
 import os
+import platform
 import resource
 import socket
 import sys
 import time
+from collections import Counter
+from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megacode.plan.hardware import peak_teraflops
+from megacode.plan.layout import Layout
+from megacode.plan.model import num_parameters
+from megacode.recipe import Recipe
 
-class Metrics:
-    """Writes metrics.jsonl and the console. Lives on rank 0 only.
-
-    Args:
-        run: the run folder.
-        step: the step that the run goes on from: lines of later steps (a run that died after its last checkpoint) go.
-        num_steps: steps of the whole run, for the console.
-    """
-
-    def __init__(self, run: Path, step: int, num_steps: int) -> None:
-        self.path, self.num_steps = run / "metrics.jsonl", num_steps
-        self._keep(step)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.first_step, self.started = step, time.monotonic()
-
-    def _keep(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if len(kept) < len(lines):
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, self.path)
-
-    def log(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl and of the console."""
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
-        print(self._line(values), flush=True)
-
-    def _line(self, values: dict[str, Any]) -> str:
-        head = f"step {values['step']:>{len(str(self.num_steps))}}/{self.num_steps}"
-        if "validation_loss" in values:
-            return f"{head}  validation loss {values['validation_loss']:.4f}"
-        done = values["step"] - self.first_step
-        left_seconds = (time.monotonic() - self.started) / done * (self.num_steps - values["step"])
-        return (
-            f"{head}  loss {values['loss']:.4f}  infilled {values['infilled_share']:.1%}  "
-            f"norm {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s  {_clock(left_seconds)} left"
-        )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+PACKAGES = ("megacode", "torch", "deepspeed", "triton", "numpy", "flash-attn")
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -69,8 +31,71 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def device_peak_teraflops(recipe: Recipe, device: torch.device) -> float | None:
+    """What MFU is measured against: the recipe's figure, else the device's where it is known."""
+    if recipe.logging.peak_teraflops is not None:
+        return recipe.logging.peak_teraflops
+    return peak_teraflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def split_losses(sums: list[float], counts: list[float], sources: tuple[str, ...]) -> dict[str, Any]:
+    """Mean losses and numbers of labels of a step, told apart.
+
+    Args:
+        sums: of group 2 * source + infilled, the summed negative log-likelihood.
+        counts: of the same groups, how many labels.
+        sources: names of the sources.
+    """
+
+    def mean(groups: range) -> float | None:
+        count = sum(counts[group] for group in groups)
+        return sum(sums[group] for group in groups) / count if count else None
+
+    groups = len(sums)
+    labels = {name: int(counts[2 * i] + counts[2 * i + 1]) for i, name in enumerate(sources)}
+    return {
+        "loss": mean(range(groups)),
+        "loss_plain": mean(range(0, groups, 2)),
+        "loss_infilled": mean(range(1, groups, 2)),
+        "loss_by_source": {name: mean(range(2 * i, 2 * i + 2)) for i, name in enumerate(sources)},
+        "labels_by_source": labels,
+        "infilled_share": sum(counts[1::2]) / max(sum(counts), 1),
+    }
+
+
+def start_facts(recipe: Recipe, layout: Layout, device: torch.device, hosts: list[str], step: int,
+                checkpoint: Path | None, backends: dict[str, str]) -> dict[str, Any]:  # fmt: skip
+    """A line of starts.jsonl: what the run goes on from, and on what."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "unix_time": time.time(),
+        "step": step,
+        "checkpoint": checkpoint and str(checkpoint),
+        "world_size": layout.world_size,
+        "hosts": dict(Counter(hosts)),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+        "layout": {**asdict(layout), "stages": [[stage.start, stage.stop] for stage in layout.stages]},
+        "num_parameters": num_parameters(recipe.model),
+        "peak_teraflops": device_peak_teraflops(recipe, device),
+        "backends": backends,
+        "versions": versions,
+        "command": sys.argv,
+    }
+
+
+def append_start(run: Path, facts: dict[str, Any]) -> None:
+    """Add a line to RUN/starts.jsonl."""
+    with (run / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(facts) + "\n")
+
+
 def write_status(run: Path, outcome: str, **values: Any) -> None:
-    """Replace RUN/status.json: `running`, `finished` or `failed`, and what more is known."""
+    """Replace RUN/status.json: `running`, `finished`, `stopped` or `failed`, and what more is known."""
     status = {
         "outcome": outcome,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -85,10 +110,20 @@ def write_status(run: Path, outcome: str, **values: Any) -> None:
     os.replace(temporary, run / "status.json")
 
 
-def fail_status(run: Path, rank: int, error: BaseException, checkpoint: Path | None) -> None:
-    """Say that the run failed, unless another rank has: its reason came first, and this one may follow from it."""
+def read_status(run: Path) -> dict[str, Any]:
+    """RUN/status.json, or nothing where there is none."""
     path = run / "status.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["outcome"] == "failed":
-        return
-    message = f"{type(error).__name__}: {error}"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def fail_status(run: Path, rank: int, message: str, checkpoint: Path | None) -> dict[str, Any] | None:
+    """Say that the run failed, unless another rank has: its reason came first, and this one may follow from it.
+
+    Returns:
+        The status that another rank has written, or None.
+    """
+    status = read_status(run)
+    if status.get("outcome") == "failed":
+        return status
     write_status(run, "failed", rank=rank, message=message, checkpoint=checkpoint and str(checkpoint))
+    return None

@@ -100,7 +100,8 @@ def reference(config: Recipe, steps: int) -> Outcome:
         total = 0.0
         for i in range(len(tokens)):
             batch = micro_batch(config, tokens[i : i + 1], labels[i : i + 1])
-            loss = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels) / (labels != IGNORE).sum()
+            losses = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
+            loss = losses.sum() / (labels != IGNORE).sum()
             loss.backward()
             total += loss.item()
         outcome.losses.append(total)
@@ -111,7 +112,7 @@ def reference(config: Recipe, steps: int) -> Outcome:
     outcome.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     batch = micro_batch(config, *samples(config, VALIDATION_STEP))
     with torch.no_grad():
-        outcome.validation = float(model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels))
+        outcome.validation = float(model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels).sum())
     return outcome
 
 
@@ -177,7 +178,7 @@ def parallel(
     from megacode.checkpoint.store import CheckpointReader, Progress
     from megacode.engine.zero import ZeroEngine, start_deepspeed
     from megacode.parallel import mesh as meshes
-    from megacode.train.loop import resume, writer
+    from megacode.train.start import resume, writer
 
     start_deepspeed()
     plan = fit(config, dist.get_world_size())
@@ -207,10 +208,10 @@ def parallel(
             )
             if step == first:
                 outcome.gradients = {name: engine.read(name, "gradient").float().clone() for name in engine.parameters}
-            outcome.norms.append(engine.update(config.optimizer.learning_rate))
+            outcome.norms.append(float(engine.update(config.optimizer.learning_rate)[0]))
             # Every tensor rank of the last stage has the same loss.
             dist.all_reduce(loss)
-            outcome.losses.append(float(loss / (labels != IGNORE).sum() / mesh.tensor))
+            outcome.losses.append(float(loss.sum() / (labels != IGNORE).sum() / mesh.tensor))
             outcome.gathers.append(max(counts.values(), default=0))
         outcome.weights = {name: engine.read(name).clone() for name in engine.parameters}
         outcome.validation = validation(config, engine, mesh)

@@ -56,7 +56,7 @@ def test_logits_and_gradients_equal_transformers(kv_heads, theta, masks):
     expected = hf(input_ids=tokens, position_ids=positions, attention_mask=bias).logits
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
-    loss = model(tokens, positions, cu_seqlens, labels)
+    loss = model(tokens, positions, cu_seqlens, labels).sum()
     loss.backward()
     expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum")
     expected_loss.backward()

@@ -1,0 +1,7 @@
+"""`torchrun ... -m megacode.train RECIPE`: what launchers/train.py does, where there is no checkout."""
+
+import sys
+
+from megacode.train.main import main
+
+sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,155 @@
+"""What can come between a run and its end: requests to stop or save, ranks that die, and how the others hear of it."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+EXIT_STOPPED = 75
+"""Exit code of a run that was asked to stop and has saved: start it again and it goes on (EX_TEMPFAIL)."""
+
+FILES = ("STOP", "SAVE")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all ranks have agreed on at a step's end."""
+
+    stop: str | None
+    """Who asked to save and stop, or None."""
+    save: bool
+    """Whether somebody asked for a checkpoint now."""
+
+
+class Requests:
+    """Requests to stop or save: SIGTERM, SIGUSR1 or SIGUSR2 to any rank, or a file STOP or SAVE in the run folder.
+
+    A rank only takes notes. What counts is the sum over all ranks, which rides on the step's all-reduce of the loss, so
+    that every rank acts at the same step's end.
+
+    Args:
+        run: the run folder.
+        looks: whether this rank looks for the files (one does, once a second at most).
+    """
+
+    def __init__(self, run: Path, looks: bool) -> None:
+        self.run, self.looks = run, looks
+        self.signalled = False
+        self._seen = [0.0] * (len(FILES) + len(SIGNALS))
+        self._next_look = 0.0
+
+    def listen(self) -> None:
+        """Take note of signals from now on; before, they end the process as ever."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.signalled = True
+            self._seen[len(FILES) + SIGNALS.index(signal.Signals(number))] = 1.0
+
+        for each in SIGNALS:
+            signal.signal(each, note)
+
+    def noted(self) -> torch.Tensor:
+        """[files + signals] what this rank has noted: 1 or 0, on the host."""
+        if self.looks and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK_SECONDS
+            for index, name in enumerate(FILES):
+                self._seen[index] = float((self.run / name).exists())
+        return torch.tensor(self._seen)
+
+    def agree(self, totals: Sequence[float]) -> Asked:
+        """What follows from the sums of `noted` over all ranks."""
+        names = [f"the file {self.run / 'STOP'}", "", *(each.name for each in SIGNALS)]
+        save = totals[FILES.index("SAVE")] > 0
+        stop = next((name for name, total in zip(names, totals, strict=True) if name and total > 0), None)
+        return Asked(stop, save)
+
+    def done(self, asked: Asked) -> None:
+        """Take away the files that asked for what has been done now."""
+        if self.looks:
+            for name, answered in (("STOP", asked.stop is not None), ("SAVE", asked.save or asked.stop is not None)):
+                if answered:
+                    (self.run / name).unlink(missing_ok=True)
+            self._next_look = 0.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A rank's process."""
+
+    rank: int
+    host: str
+    pid: int
+    started: int | None
+    """The kernel's clock at its start: a number is given to another process one day."""
+
+
+def this_process(rank: int) -> Peer:
+    """This rank, as the others are told of it."""
+    return Peer(rank, socket.gethostname(), os.getpid(), _started(os.getpid()))
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in the kernel's ticks; None where it is gone, or dead and not yet fetched."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+class PeerWatch:
+    """Ends this rank within seconds of another rank's death on this machine.
+
+    The others would wait in a collective for the dead one, and a launcher's SIGTERM only asks them to stop at a step's
+    end that never comes. Of other machines a rank hears by `failed`.
+
+    Args:
+        peers: all ranks.
+        rank: this rank.
+        failed: whether this rank is known to wait for nothing; asked once a second.
+        on_loss: called, in a thread, with the ranks that are gone and whether this rank is the one to tell; it ends the
+            process.
+    """
+
+    def __init__(
+        self,
+        peers: Sequence[Peer],
+        rank: int,
+        failed: Callable[[], bool],
+        on_loss: Callable[[list[Peer], bool], None],
+    ) -> None:
+        me = next(peer for peer in peers if peer.rank == rank)
+        # In containers of their own, ranks of one machine may not see each other's processes.
+        seen = [peer for peer in peers if peer.host == me.host and _started(peer.pid) == peer.started is not None]
+        self.rank, self.peers = rank, [peer for peer in seen if peer.rank != rank]
+        self._failed, self._on_loss = failed, on_loss
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peer watch", daemon=True)
+
+    def start(self) -> None:
+        """Watch until `stop`."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """From here on the others may end."""
+        self._over.set()
+
+    def gone(self) -> list[Peer]:
+        """The ranks of this machine that have ended."""
+        return [peer for peer in self.peers if _started(peer.pid) != peer.started]
+
+    def _watch(self) -> None:
+        while not self._over.wait(_LOOK_SECONDS):
+            gone = self.gone()
+            if (gone or self._failed()) and not self._over.is_set():
+                left = {self.rank, *(peer.rank for peer in self.peers)} - {peer.rank for peer in gone}
+                self._on_loss(gone, self.rank == min(left))

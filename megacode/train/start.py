@@ -1,0 +1,158 @@
+"""How a run starts: its data, its weights or the checkpoint it goes on from, and what must not be mixed up."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megacode.checkpoint import store
+from megacode.checkpoint.store import STATES, CheckpointReader, Progress, Writer
+from megacode.data.shards import Shards
+from megacode.data.stream import TrainStream, ValidationStream
+from megacode.data.tokenizer import Tokenizer
+from megacode.engine.zero import ZeroEngine
+from megacode.errors import UserError
+from megacode.model.layers import initial_values, part_of
+from megacode.parallel.mesh import Mesh
+from megacode.plan.model import num_parameters
+from megacode.recipe import Recipe
+
+
+def open_streams(recipe: Recipe, tokenizer: Tokenizer) -> tuple[TrainStream, ValidationStream | None]:
+    """The recipe's training and validation streams.
+
+    Raises:
+        UserError: shards are missing, damaged, too short or of another tokenizer.
+    """
+    data, length = recipe.data, recipe.batch.sequence_length
+    stream = TrainStream(
+        Shards(data.train), tokenizer, sequence_length=length, seed=recipe.seed, infilling_rate=data.infilling_rate,
+        suffix_first_rate=data.suffix_first_rate, document_masks=data.document_masks,
+    )  # fmt: skip
+    if data.valid is None:
+        return stream, None
+    return stream, ValidationStream(Shards(data.valid), sequence_length=length, document_masks=data.document_masks)
+
+
+def check_run_folder(recipe: Recipe, num_tokens: int) -> None:
+    """Refuse to go on with a run whose checkpoints are of another model, tokenizer, seed or corpus of other length.
+
+    Raises:
+        UserError: names the key that differs.
+    """
+    newest = store.newest(Path(recipe.run))
+    checkpoint = newest or recipe.checkpoint.start_from
+    if checkpoint is None:
+        return
+    reader = CheckpointReader(Path(checkpoint))
+    for key in type(reader.model).model_fields:
+        here, there = getattr(recipe.model, key), getattr(reader.model, key)
+        if here != there and key not in ("preset", "init_std", "max_positions"):
+            raise UserError(
+                f"model.{key} is {here} and {checkpoint} has {there}; change it, or name another `run` folder"
+            )
+    if Path(recipe.tokenizer.path).read_bytes() != reader.tokenizer_path.read_bytes():
+        raise UserError(
+            f"tokenizer.path differs from the tokenizer of {checkpoint}; name that one, or another `run` folder"
+        )
+    if newest is None:
+        return
+    progress = reader.progress
+    for key, here, there in (
+        ("seed", recipe.seed, progress.seed),
+        ("batch.sequence_length", recipe.batch.sequence_length, progress.sequence_length),
+        ("the number of tokens of data.train", num_tokens, progress.num_tokens),
+    ):
+        if here != there:
+            raise UserError(
+                f"{key} is {here} and {newest} has {there}, by which it counts its samples; change it back, or name "
+                f"another `run` folder (checkpoint.start_from takes the weights along)"
+            )
+
+
+def check_disk(recipe: Recipe) -> None:
+    """Refuse a run whose next checkpoint would not fit on the run folder's disk.
+
+    Raises:
+        UserError: says how much is needed and how much is there.
+    """
+    needed = checkpoint_bytes(recipe)
+    folder = Path(recipe.run).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"run: a checkpoint takes {needed / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free; "
+            f"make room, or name a `run` folder on another disk"
+        )
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Size of a checkpoint: fp32 weights and moments, and the tokenizer."""
+    return 4 * (1 + len(STATES)) * num_parameters(recipe.model) + Path(recipe.tokenizer.path).stat().st_size
+
+
+def load_weights(engine: ZeroEngine, recipe: Recipe, mesh: Mesh, newest: Path | None, num_tokens: int) -> Progress:
+    """Fill the engine from the newest checkpoint, or for a new run from `checkpoint.start_from` or at random.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    if newest is not None:
+        return resume(engine, CheckpointReader(newest), mesh)
+    source = recipe.checkpoint.start_from
+    reader = CheckpointReader(Path(source)) if source else None
+    if reader is not None:
+        _verify(reader, mesh)
+    for name, parameter in engine.parameters.items():
+        part = part_of(parameter)
+        whole = reader.read_part(name, part) if reader else part.take(initial_values(name, part, recipe.seed))
+        engine.write(name, whole)
+    return Progress(0, 0, 0, recipe.seed, recipe.batch.sequence_length, num_tokens)
+
+
+def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress:
+    """Load weights, Adam's state and progress from a checkpoint of any layout, after checking its files.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    _verify(reader, mesh)
+    engine.set_optimizer_step(reader.progress.adam_step)
+    for name, parameter in engine.parameters.items():
+        for key in ("weight", *store.STATES):
+            engine.write(name, reader.read_part(name, part_of(parameter), key), key)
+    return reader.progress
+
+
+def _verify(reader: CheckpointReader, mesh: Mesh) -> None:
+    """Check every file once, shared by the ranks; what one finds is raised on all."""
+    problem = None
+    try:
+        reader.verify(mesh.rank, dist.get_world_size())
+    except UserError as error:
+        problem = str(error)
+    ranks = writer(mesh)
+    problems = ranks.gather(problem)
+    problem = ranks.broadcast(problems and next(filter(None, problems), None))
+    if problem is not None:
+        raise UserError(problem)
+
+
+def writer(mesh: Mesh) -> Writer:
+    """This rank, as `store.save` asks for it."""
+    group = mesh.control_group
+
+    def gather(value: Any) -> list[Any] | None:
+        collected: list[Any] | None = [None] * dist.get_world_size() if mesh.rank == 0 else None
+        dist.gather_object(value, collected, group=group)
+        return collected
+
+    def broadcast(value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, group=group)
+        return box[0]
+
+    return Writer(mesh.rank, mesh.zero_rank, mesh.zero_size, mesh.tensor_rank, gather, broadcast)
