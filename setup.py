@@ -31,7 +31,8 @@ setup(
     extras_require={
         "gpu": ["triton>=3.6"],
         "flash": ["flash-attn"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton>=3.6"],
+        "logging": ["wandb", "tensorboard"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton>=3.6", "wandb", "tensorboard"],
     },
     entry_points={"console_scripts": ["megacode=megacode.cli:main"]},
 )

@@ -101,12 +101,23 @@ def _train(recipe: Any, overrides: list[str]) -> None:
     quiet = ["--master_port", str(port), "--log_level", "error"]
     command = [*launcher, *quiet, "launchers/train.py", str(RECIPE), *overrides]
     print(" ".join(["deepspeed", *command[1:]]), flush=True)
+    half = recipe.schedule.steps // 2
+    if not status and half:
+        Path(recipe.run).mkdir(parents=True, exist_ok=True)
+        (Path(recipe.run) / "STOP").write_text(str(half), encoding="utf-8")
+        _start(command, Path(recipe.run), "stopped")
+        print(f"\n== training, second half: started again after the stop at step {half}", flush=True)
+    _start(command, Path(recipe.run), "finished")
+
+
+def _start(command: list[str], run: Path, outcome: str) -> None:
+    """Start training; RUN/status.json must say `outcome` at its end."""
     # Eight CPU ranks, also on a machine with a GPU.
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     started = time.time()
     code = subprocess.run(command, env=environment, check=False).returncode
-    status = _status(Path(recipe.run))
-    if code or status.get("outcome") != "finished":
+    status = _status(run)
+    if status.get("outcome") != outcome:
         if code == 2 or status.get("unix_time", 0) < started:
             raise typer.Exit(code or 1)
         print(f"error: training failed: {status.get('message', 'see above')}", file=sys.stderr)

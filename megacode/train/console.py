@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import rich.console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 
@@ -33,7 +32,7 @@ class Console:
         elif self.console.is_terminal:
             self._draw(values)
         else:
-            self._print(f"{self._head(values)}  {self._figures(values)}")
+            self._print("  ".join((self._head(values), *self._figures(values))))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -43,36 +42,37 @@ class Console:
 
     def _print(self, text: str) -> None:
         if self.console.is_terminal:
-            self.console.print(escape(text))
+            self.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self.console.file, flush=True)
 
     def _draw(self, values: dict[str, Any]) -> None:
         if self._progress is None:
-            # Both the bar and the figures at full width: a narrow terminal would cut the figures off first.
             self._progress = Progress(
-                BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+                BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
                 console=self.console, auto_refresh=False,
             )  # fmt: skip
             self._task = self._progress.add_task("", total=self.num_steps, figures="")
             self._progress.start()
-        self._progress.update(self._task, completed=values["step"], figures=self._figures(values))
+        self._progress.update(self._task, completed=values["step"], figures="\n".join(self._figures(values)))
         self._progress.refresh()
 
     def _head(self, values: dict[str, Any]) -> str:
         return f"step {values['step']:>{len(str(self.num_steps))}}/{self.num_steps}"
 
-    def _figures(self, values: dict[str, Any]) -> str:
+    def _figures(self, values: dict[str, Any]) -> tuple[str, str]:
+        """Two lines that fit 80 columns beside the bar."""
         done = values["step"] - self.first_step
         left_seconds = (time.monotonic() - self.started) / done * (self.num_steps - values["step"])
         mfu = "" if values["mfu"] is None else f"MFU {values['mfu']:.1%}  "
-        loss = _number(values["loss"], ".4f")
+        infilled = ""
         if values["loss_infilled"] is not None:
-            loss += f" ({_number(values['loss_infilled'], '.4f')} on the {values['infilled_share']:.1%} infilled)"
+            infilled = f"  infilled {_number(values['loss_infilled'], '.4f')} ({values['infilled_share']:.1%})"
+        skipped = "  update left out" if values["skipped"] else ""
         return (
-            f"loss {loss}  norm {_number(values['grad_norm'], '.3f')}  lr {values['learning_rate']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s  {mfu}{values['memory_bytes'] / 2**30:.2f} GiB  "
-            f"{_clock(left_seconds)} left" + ("  update left out" if values.get("skipped") else "")
+            f"loss {_number(values['loss'], '.4f')}{infilled}  norm {_number(values['grad_norm'], '.3f')}{skipped}",
+            f"lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tokens/s  {mfu}"
+            f"{values['memory_bytes'] / 2**30:.2f} GiB  {_clock(left_seconds)} left",
         )
 
 

@@ -1,5 +1,6 @@
 """What can come between a run and its end: requests to stop or save, ranks that die, and how the others hear of it."""
 
+import math
 import os
 import signal
 import socket
@@ -33,6 +34,7 @@ class Asked:
 class Requests:
     """Requests to stop or save: SIGTERM, SIGUSR1 or SIGUSR2 to any rank, or a file STOP or SAVE in the run folder.
 
+    A file that holds a number asks for the end of that step; an empty one, and a signal, for the end of this one.
     A rank only takes notes. What counts is the sum over all ranks, which rides on the step's all-reduce of the loss, so
     that every rank acts at the same step's end.
 
@@ -46,6 +48,7 @@ class Requests:
         self.signalled = False
         self._seen = [0.0] * (len(FILES) + len(SIGNALS))
         self._next_look = 0.0
+        self._due: list[float] = [math.inf] * len(FILES)
 
     def listen(self) -> None:
         """Take note of signals from now on; before, they end the process as ever."""
@@ -57,12 +60,12 @@ class Requests:
         for each in SIGNALS:
             signal.signal(each, note)
 
-    def noted(self) -> torch.Tensor:
-        """[files + signals] what this rank has noted: 1 or 0, on the host."""
+    def noted(self, step: int) -> torch.Tensor:
+        """[files + signals] what this rank has noted for the end of a step: 1 or 0, on the host."""
         if self.looks and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK_SECONDS
-            for index, name in enumerate(FILES):
-                self._seen[index] = float((self.run / name).exists())
+            self._due = [_due_step(self.run / name) for name in FILES]
+        self._seen[: len(FILES)] = [float(step >= due) for due in self._due]
         return torch.tensor(self._seen)
 
     def agree(self, totals: Sequence[float]) -> Asked:
@@ -79,6 +82,15 @@ class Requests:
                 if answered:
                     (self.run / name).unlink(missing_ok=True)
             self._next_look = 0.0
+
+
+def _due_step(file: Path) -> float:
+    """The step at whose end a file asks for something: never where it is not there, at once where it names none."""
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return math.inf
+    return int(text) if text.isdecimal() else 0
 
 
 @dataclass(frozen=True)

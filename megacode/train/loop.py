@@ -94,7 +94,7 @@ class Trainer:
         recipe, first, groups = self.recipe, self.progress.next_sample, 2 * len(self.stream.sources)
         with measure("data"):
             batches, counts = self._batches(self.stream.micro_batch, first, recipe.batch.global_samples)
-            asked = self.requests.noted().to(self.device, non_blocking=True)
+            asked = self.requests.noted(self.progress.step + 1).to(self.device, non_blocking=True)
         num_valid = counts.sum().clamp(min=1)
         sums = self.engine.train_step(batches, self.mesh.zero_size / num_valid)
         with measure("communication"):

@@ -1,5 +1,6 @@
 """The real `deepspeed` launcher: a run that crashes, goes on from its checkpoint and is exported; mistakes said once."""
 
+import gzip
 import json
 import os
 import shutil
@@ -7,68 +8,27 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
-from support.exports import train_tokenizer
+from support.launching import ENVIRONMENT, NUM_STEPS, ROOT, command, launch, metrics, status, write_recipe
 
 from megacode.checkpoint.store import CheckpointReader, newest
-from megacode.data.corpus import Corpus
-from megacode.data.prepare import prepare
-from megacode.data.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[2]
-NUM_STEPS = 8
+
+def assert_same_run(run, straight):
+    """Bit for bit: figures of every step, and the weights at the end."""
+    keys = ("step", "tokens", "loss", "grad_norm", "learning_rate", "validation_loss")
+    have, want = ([{k: line.get(k) for k in keys} for line in metrics(folder)] for folder in (run, straight))
+    assert have == want
+    ours, theirs = (CheckpointReader(newest(folder)) for folder in (run, straight))
+    for name in theirs.names:
+        assert (ours.read(name) == theirs.read(name)).all(), name
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """A nano recipe on a corpus of two modules; four processes, TP2 x PP2 would not show data ranks, so PP2 x DP2."""
-    folder = tmp_path_factory.mktemp("launcher")
-    tokenizer = train_tokenizer(folder / "tokenizer.model")
-    package = Path(json.__file__).parent
-    prepare(Corpus([package]), Tokenizer(tokenizer), folder / "train", valid=folder / "valid", valid_fraction=0.4)
-    values = {
-        "run": str(folder / "run"),
-        "precision": "fp32",
-        "deepspeed_config": "ds_configs/zero3.json",
-        "model": {"preset": "nano"},
-        "tokenizer": {"path": str(tokenizer)},
-        "data": {"train": str(folder / "train"), "valid": str(folder / "valid")},
-        "parallel": {"pipeline": 2, "zero": 3},
-        "batch": {"global_samples": 8, "micro_samples": 2, "sequence_length": 64},
-        "optimizer": {"learning_rate": 3e-3},
-        "schedule": {"steps": NUM_STEPS, "warmup_steps": 2},
-        "checkpoint": {"every_steps": 4},
-        "logging": {"validate_every_steps": 4},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def command(recipe: Path, *overrides: str, processes: int = 4) -> list[str]:
-    port = 20000 + os.getpid() % 20000
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(processes)]
-    return [*launcher, "--master_port", str(port), "launchers/train.py", str(recipe), *overrides]
-
-
-ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def launch(*arguments: str, processes: int = 4) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments, processes=processes), cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=240
-    )
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def status(run: Path) -> dict:
-    return json.loads((run / "status.json").read_text())
+    return write_recipe(tmp_path_factory.mktemp("launcher"))
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +44,24 @@ def test_a_run_leaves_what_it_should(straight):
     steps = [line for line in metrics(straight) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, NUM_STEPS + 1))
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert set(steps[0]) >= {"tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_bytes"}
+    assert set(steps[0]) >= {"tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_bytes", "mfu"}
+    for line in steps:
+        assert line["loss_by_source"] == {"train": line["loss"]}
+        assert line["labels_by_source"] == {"train": 8 * 64}
+        share = line["infilled_share"]
+        assert share > 0
+        mean = share * line["loss_infilled"] + (1 - share) * line["loss_plain"]
+        assert line["loss"] == pytest.approx(mean)
+        assert not line["skipped"]
     assert steps[-1]["tokens"] == NUM_STEPS * 8 * 64
     assert [line["step"] for line in metrics(straight) if "validation_loss" in line] == [4, 8]
     assert status(straight)["outcome"] == "finished"
+    (start,) = (json.loads(line) for line in (straight / "starts.jsonl").read_text().splitlines())
+    assert (start["step"], start["world_size"], sum(start["hosts"].values())) == (0, 4, 4)
+    assert start["layout"]["stages"] == [[0, 2], [2, 4]]
+    assert start["backends"] == {"rope": "torch", "attention": "torch"}
+    events = [json.loads(line) for line in (straight / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [("checkpoint", 4), ("checkpoint", 8)]
     assert len(status(straight)["memory_bytes"]) == 4
     for file in newest(straight).iterdir():
         assert file.stat().st_mode & 0o777 == (straight / "metrics.jsonl").stat().st_mode & 0o777, file
@@ -115,18 +89,58 @@ def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight
         assert process.wait(timeout=60) != 0
     assert time.monotonic() - died < 30
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    assert status(run)["outcome"] in ("running", "failed")  # a killed rank can't say so; another may have seen it go
+    assert status(run)["outcome"] == "failed"  # a killed rank can't say so; another saw it go
+    assert f"rank 1 (process {ranks[1]}) ended" in status(run)["message"]
     assert status(run)["checkpoint"] == f"{run}/checkpoints/step_00000004"
 
     done = launch(recipe, f"run={run}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming from {run}/checkpoints/step_00000004 at step 4" in done.stdout
-    keys = ("step", "tokens", "loss", "grad_norm", "learning_rate", "validation_loss")
-    have, want = ([{k: line.get(k) for k in keys} for line in metrics(folder)] for folder in (run, straight))
-    assert have == want
-    ours, theirs = (CheckpointReader(newest(folder)) for folder in (run, straight))
-    for name in theirs.names:
-        assert (ours.read(name) == theirs.read(name)).all(), name
+    assert_same_run(run, straight)
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_bit(recipe, straight):
+    run = recipe.parent / "signalled"
+    with subprocess.Popen(
+        command(recipe, f"run={run}"), cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        ranks, lines = [], []
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if " spawned with command" in line:
+                ranks.append(int(line.split("process ")[1].split()[0]))
+            if line.startswith(f"step 2/{NUM_STEPS}"):
+                os.kill(ranks[2], signal.SIGTERM)
+        assert process.wait(timeout=60) == 75, "".join(lines)[-3000:]
+    stopped = status(run)
+    assert stopped["outcome"] == "stopped"
+    assert stopped["message"] == "asked by SIGTERM"
+    assert 2 < stopped["step"] < NUM_STEPS
+    assert stopped["checkpoint"].endswith(f"step_{stopped['step']:08d}")
+    assert len(stopped["memory_bytes"]) == 4
+    done = launch(recipe, f"run={run}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(run, straight)
+    assert len((run / "starts.jsonl").read_text().splitlines()) == 2
+
+
+def test_files_ask_for_a_checkpoint_and_for_the_end(recipe, straight):
+    run = recipe.parent / "asked"
+    run.mkdir()
+    (run / "SAVE").write_text("2")
+    (run / "STOP").write_text("5")
+    done = launch(recipe, f"run={run}")
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert (status(run)["outcome"], status(run)["step"]) == ("stopped", 5)
+    assert status(run)["message"] == f"asked by the file {run}/STOP"
+    assert [folder.name[-1] for folder in sorted((run / "checkpoints").iterdir())] == ["2", "4", "5"]
+    assert not (run / "STOP").exists()
+    assert not (run / "SAVE").exists()
+    done = launch(recipe, f"run={run}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(run, straight)
 
 
 def test_an_error_of_a_rank_is_told_and_ends_the_run(recipe):
@@ -149,6 +163,10 @@ def test_an_error_of_a_rank_is_told_and_ends_the_run(recipe):
         (["batch.sequence_length=1000", "batch.global_samples=2"], "global_samples"),
         (["--deepspeed_config", "/nowhere/ds.json"], "deepspeed_config: cannot read /nowhere/ds.json"),
         (["parallel.zero=2"], "ds_configs/zero3.json: zero_optimization.stage is 3"),
+        (["schedule.steps=many"], "schedule.steps: Input should be a valid integer, not 'many'"),
+        (["tokenizer.path=launchers"], "launchers"),
+        (["data.train=tests"], "tests"),
+        (["model={preset: code-llama-70b, hidden: 1048576, vocabulary: null}"], "GiB free; make room"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -187,7 +205,48 @@ def test_a_loss_that_is_not_finite_ends_the_run(recipe):
     assert done.returncode not in (0, 2)
     assert status(run)["outcome"] == "failed"
     assert "lower optimizer.learning_rate" in status(run)["message"]
-    assert all(abs(line["loss"]) < float("inf") for line in metrics(run))
+    assert [line["skipped"] for line in metrics(run)][-2:] == [False, True]
+    assert metrics(run)[-1]["grad_norm"] is None
+    assert newest(run) is None
+
+
+def test_steps_that_are_not_finite_are_left_out_and_named_until_they_are_too_many(recipe):
+    run = recipe.parent / "skips"
+    changes = ["optimizer.learning_rate=1e30", "optimizer.clip=0", "schedule.warmup_steps=0"]
+    done = launch(recipe, f"run={run}", *changes, "faults.non_finite=skip", "faults.skips_in_a_row=3", processes=2)
+    assert done.returncode not in (0, 2)
+    assert "the 3th in a row (faults.skips_in_a_row)" in status(run)["message"]
+    skips = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in skips] == ["skip"] * 3
+    for event in skips:
+        assert (event["first_sample"], event["num_samples"], event["policy"]) == (8 * (event["step"] - 1), 8, "skip")
+    assert [line["skipped"] for line in metrics(run)] == [False, True, True, True]
+
+
+def test_figures_on_request(recipe):
+    """Phases, a profile, wandb offline and TensorBoard; MFU against the peak that the recipe gives."""
+    run = recipe.parent / "figures"
+    logging = {"phases": "true", "profile_steps": "[2]", "profile_ranks": "[1]", "wandb": "test", "tensorboard": "true"}
+    changes = [f"logging.{key}={value}" for key, value in logging.items()]
+    done = launch(recipe, f"run={run}", *changes, "logging.peak_teraflops=0.1", "schedule.steps=3", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [line for line in metrics(run) if "loss" in line]
+    for line in steps:
+        phases = line["phases"]
+        assert set(phases) == {"data", "forward", "backward", "communication", "optimizer", "logging", "other"}
+        assert all(phases[name] > 0 for name in phases)
+        config = yaml.safe_load((run / "recipe.yaml").read_text())["model"]
+        matrices = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176 + 2 * 64) + 64 + config["vocabulary"] * 64
+        flops = 6 * matrices + 6 * 4 * 64 * 64
+        assert line["mfu"] == pytest.approx(flops * line["tokens_per_second"] / (2 * 0.1e12))
+    for line in steps[1:]:  # the first begins before its step
+        assert sum(line["phases"].values()) == pytest.approx(line["step_seconds"], rel=0.5)
+    (trace,) = (run / "profile").iterdir()
+    assert trace.name == "step_00000002_rank_00001.json.gz"
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert {"forward", "backward", "communication", "optimizer", "aten::mm"} <= names
+    assert list((run / "tensorboard").iterdir())
+    assert list((run / "wandb").glob("offline-run-*"))
 
 
 @pytest.mark.parametrize(
