@@ -19,6 +19,7 @@ EXIT_STOPPED = 75
 FILES = ("STOP", "SAVE")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _LOOK_SECONDS = 1.0
+_WATCH_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,15 @@ class PeerWatch:
         """The ranks of this machine that have ended."""
         return [peer for peer in self.peers if _started(peer.pid) != peer.started]
 
+    def wait_for_gone(self, seconds: float) -> list[Peer]:
+        """As `gone`; a rank that dies closes its connections a little before the kernel says that it is gone."""
+        deadline = time.monotonic() + seconds
+        while not (gone := self.gone()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return gone
+
     def _watch(self) -> None:
-        while not self._over.wait(_LOOK_SECONDS):
+        while not self._over.wait(_WATCH_SECONDS):
             gone = self.gone()
             if (gone or self._failed()) and not self._over.is_set():
                 left = {self.rank, *(peer.rank for peer in self.peers)} - {peer.rank for peer in gone}

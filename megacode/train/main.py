@@ -28,6 +28,7 @@ from megacode.train.faults import EXIT_STOPPED, Peer, PeerWatch, Requests
 from megacode.train.journal import Journal
 from megacode.train.launch import Place, find_device, find_place, start_process_group
 from megacode.train.loop import Trainer
+from megacode.train.out_of_memory import explain_out_of_memory, is_out_of_memory
 from megacode.train.trackers import check_trackers, open_trackers
 
 
@@ -63,6 +64,7 @@ class Run:
         self.folder = Path(recipe.run)
         self.journal: Journal | None = None
         self.watch: PeerWatch | None = None
+        self.trainer: Trainer | None = None
         self.hosts: list[str] = []
         self.requests = Requests(self.folder, looks=place.rank == 0)
 
@@ -75,7 +77,7 @@ class Run:
             mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, timeout_seconds=timeout_seconds)
             self._watch_peers(mesh)
             start_deepspeed()
-            trainer = self._trainer(mesh, *streams)
+            self.trainer = trainer = self._trainer(mesh, *streams)
             self.requests.listen()
             stopped = trainer.run()
             assert self.watch is not None
@@ -86,6 +88,11 @@ class Run:
         except (Exception, KeyboardInterrupt) as error:
             self._fail(error)
         return 0 if stopped is None else EXIT_STOPPED
+
+    @property
+    def step(self) -> int | None:
+        """The last step that is done; None before the first can begin."""
+        return self.trainer.progress.step if self.trainer is not None else None
 
     def _watch_peers(self, mesh: Mesh) -> None:
         peers: list[Any] = [None] * dist.get_world_size()
@@ -146,23 +153,28 @@ class Run:
             if isinstance(error, UserError):
                 metrics.fail_status(self.folder, self.place.rank, str(error), store.newest(self.folder))
                 os._exit(_refuse(error, self.place))
-            time.sleep(0.5)  # a rank that dies closes its connections before the kernel says that it is gone
-            gone = self.watch.gone() if self.watch is not None else []
+            gone = self.watch.wait_for_gone(seconds=0.5) if self.watch is not None else []
             message = f"{type(error).__name__}: {error}"
-            self._tell(f"{_names(gone)} ended ({message})" if gone else message, traceback.format_exc())
+            if is_out_of_memory(error):
+                stage = self.place.rank // (self.layout.data * self.layout.tensor)
+                message = explain_out_of_memory(self.recipe, self.layout, stage, self.device)
+                self._tell(message, f"{type(error).__name__}: {error}", event="out_of_memory")
+            else:
+                self._tell(f"{_names(gone)} ended ({message})" if gone else message, traceback.format_exc())
         finally:
             os._exit(1)
 
-    def _tell(self, message: str, trace: str | None) -> None:
+    def _tell(self, message: str, trace: str | None, event: str = "failure") -> None:
         """Say why the run fails, in status.json and on stderr, unless another rank has: this follows from it then."""
         rank = self.place.rank
         first = metrics.fail_status(self.folder, rank, message, store.newest(self.folder))
+        if self.journal is not None:
+            self.journal.close()
         if first is not None:
             print(f"rank {rank} ends, since rank {first['rank']} failed", file=sys.stderr, flush=True)
         else:
             print(f"rank {rank} failed: {message}" + (f"\n{trace}" if trace else ""), file=sys.stderr, flush=True)
-        if self.journal is not None:
-            self.journal.close()
+            metrics.append_event(self.folder, event, self.step, message, rank=rank)
 
 
 def _names(peers: list[Peer]) -> str:

@@ -94,6 +94,13 @@ def append_start(run: Path, facts: dict[str, Any]) -> None:
         file.write(json.dumps(facts) + "\n")
 
 
+def append_event(run: Path, event: str, step: int | None, text: str, **values: Any) -> None:
+    """Add a line to RUN/events.jsonl, from any rank."""
+    line = {"unix_time": time.time(), "step": step, "event": event, "text": text, **values}
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def write_status(run: Path, outcome: str, **values: Any) -> None:
     """Replace RUN/status.json: `running`, `finished`, `stopped` or `failed`, and what more is known."""
     status = {

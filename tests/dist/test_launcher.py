@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -49,10 +50,10 @@ def test_a_run_leaves_what_it_should(straight):
         assert line["loss_by_source"] == {"train": line["loss"]}
         assert line["labels_by_source"] == {"train": 8 * 64}
         share = line["infilled_share"]
-        assert share > 0
-        mean = share * line["loss_infilled"] + (1 - share) * line["loss_plain"]
+        mean = share * (line["loss_infilled"] or 0) + (1 - share) * line["loss_plain"]
         assert line["loss"] == pytest.approx(mean)
         assert not line["skipped"]
+    assert any(line["infilled_share"] > 0 for line in steps)
     assert steps[-1]["tokens"] == NUM_STEPS * 8 * 64
     assert [line["step"] for line in metrics(straight) if "validation_loss" in line] == [4, 8]
     assert status(straight)["outcome"] == "finished"
@@ -90,7 +91,7 @@ def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight
     assert time.monotonic() - died < 30
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert status(run)["outcome"] == "failed"  # a killed rank can't say so; another saw it go
-    assert f"rank 1 (process {ranks[1]}) ended" in status(run)["message"]
+    assert status(run)["message"].startswith(f"rank 1 (process {ranks[1]})")
     assert status(run)["checkpoint"] == f"{run}/checkpoints/step_00000004"
 
     done = launch(recipe, f"run={run}")

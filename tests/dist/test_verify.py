@@ -56,7 +56,7 @@ def test_what_differs_is_named(tmp_path):
     other = write_run(tmp_path / "other", [4.0, 3.0000000000000004, 1.0], seed=2)
     differences = compare(one, other)["differences"]
     assert differences[0] == "loss of step 1: 3.0 and 3.0000000000000004"
-    assert differences[1] == f"weights_00000.safetensors of {newest(one).name}"
+    assert f"weights_00000.safetensors of {newest(one).name}" in differences
     short = write_run(tmp_path / "short", [4.0, 3.0], seed=1)
     assert compare(one, short)["differences"] == ["steps [0, 1, 2] and [0, 1]"]
 
