@@ -29,6 +29,10 @@ class Job:
     """DeepSpeed's overlap_comm: a second bucket (ZeRO-1, 2)."""
     contiguous_gradients: bool = True
     """DeepSpeed's contiguous_gradients: gradients are copied into a bucket of full size."""
+    max_live_elements: int = 10**13
+    """DeepSpeed's stage3_max_live_parameters: how much its prefetcher may gather ahead of use."""
+    fused_adam: bool = True
+    """Whether Adam runs as one kernel (CUDA), without temporaries."""
     padded_rows: int | None = None
     """Rows of embedding and head on a tensor rank; left out, the vocabulary's equal share."""
 
