@@ -1,0 +1,235 @@
+"""What a step costs: bubble, collectives, bytes, seconds. Formulas and their sources: docs/plan.md.
+
+A step's time is the slowest pipeline rank's work for all its micro-batches, plus the bubble, plus what data ranks exchange
+without hiding it, plus the optimizer. A rank's work is matmuls and attention at a share of the peak, memory-bound
+operations at the memory's bandwidth, and the exchanges among tensor and pipeline ranks that nothing hides.
+"""
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+from megacode.plan.hardware import Hardware
+from megacode.plan.job import Job
+
+OPTIMIZER_BYTES = 30
+"""Per parameter of a rank's partition: fp32 gradient, master and two moments read, the last three and bf16 written."""
+ACCUMULATE_BYTES = {True: 8, False: 10}
+"""Per parameter and micro-batch, to add a gradient to an fp32 sum: within the matmul, or in a pass of its own."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """The parts of a step's time, on the slowest pipeline rank."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    """Operations bound by the memory's bandwidth."""
+    overhead: float = 0.0
+    """Launches and tails of kernels."""
+    tensor: float = 0.0
+    """Exchanges among tensor ranks."""
+    pipeline: float = 0.0
+    """Waiting for hidden states of neighbour stages."""
+    bubble: float = 0.0
+    data: float = 0.0
+    """Exchanges among data ranks that nothing hides."""
+    optimizer: float = 0.0
+    offload: float = 0.0
+    """Transfers between device and host."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, factor: float) -> "Seconds":
+        return Seconds(*(getattr(self, f.name) * factor for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One kind of communication of one rank in a step."""
+
+    name: str
+    calls: int
+    """Collectives, or sends, that one rank takes part in."""
+    sent_bytes: float
+    """What one rank sends."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step costs, by the pipeline rank that is slowest."""
+
+    job: Job
+    hardware: Hardware
+    overlap: float = 0.0
+    """Share of the tensor ranks' exchanges that computation hides (ours: none), and whether data ranks' are hidden."""
+
+    @cached_property
+    def _work(self) -> list[tuple[Seconds, Seconds]]:
+        """(forward, backward) of one micro-batch, for each pipeline rank, over its chunks."""
+        return [(self._pass(rank, False), self._pass(rank, True)) for rank in range(self.job.layout.pipeline)]
+
+    @cached_property
+    def slowest(self) -> int:
+        """The pipeline rank whose micro-batch takes longest."""
+        totals = [(forward + backward).total for forward, backward in self._work]
+        return totals.index(max(totals))
+
+    @cached_property
+    def seconds(self) -> Seconds:
+        """The step's time and its parts."""
+        forward, backward = self._work[self.slowest]
+        work = (forward + backward) * self.job.layout.num_micro_batches
+        parameters = max(self.job.parameters(rank) for rank in range(self.job.layout.pipeline))
+        share = parameters / self.job.layout.data
+        step = share * OPTIMIZER_BYTES / self._memory
+        host = 0.0
+        if self.job.offload != "none":  # gradients out, parameters back; Adam at a tenth of the device's bandwidth
+            host, step = share * (4 + self.job.shape.element_bytes) / (self.hardware.host_gb_per_second * 1e9), step * 10
+        return work + Seconds(bubble=self._bubble_seconds, data=self._data_seconds, optimizer=step, offload=host)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the whole step per second, over all devices."""
+        return self.job.tokens / self.seconds.total
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of the step."""
+        return self._bubble_seconds / self.seconds.total
+
+    @cached_property
+    def _bubble_seconds(self) -> float:
+        """Fill and drain: one micro-batch through all other ranks, shortened by interleaving (SC21, section 2.2)."""
+        totals = [(forward + backward).total for forward, backward in self._work]
+        return (sum(totals) - totals[self.slowest]) / self.job.layout.virtual_stages
+
+    @property
+    def _memory(self) -> float:
+        return self.hardware.memory_gb_per_second * 1e9
+
+    def _pass(self, rank: int, backward: bool) -> Seconds:
+        """Forward, or backward with what it recomputes, of one micro-batch through a rank's chunks."""
+        job, layers = self.job, sum(self.job.chunk_layers(rank))
+        shape, layout, tokens = job.shape, job.layout, job.micro_tokens
+        again = backward and job.recompute == "full"
+        block = self._layer_seconds(backward)
+        if again:
+            block += self._layer_seconds(False)
+        total = block * layers
+        first, last = rank == 0, rank == layout.pipeline - 1
+        width, rows = shape.element_bytes * shape.hidden, shape.vocabulary / layout.tensor
+        if last:
+            flops = 2 * tokens * rows * shape.hidden * (2 if backward else 1)
+            # logits and their fp32 copies: written, normalised, read; see docs/plan.md
+            traffic = tokens * rows * (20 + 2 * shape.element_bytes)
+            total += Seconds(matmul=flops / self._matmul_speed, memory=traffic / self._memory)
+        if layout.tensor > 1 and ((last and backward) or (first and not backward)):
+            total += Seconds(tensor=self._all_reduce(tokens * width, layout.tensor, 1) * (1 - self.overlap))
+        if backward and job.reduce == "step" and shape.element_bytes == 2:
+            touched = job.parameters(rank) * ACCUMULATE_BYTES[shape.megatron]
+            total += Seconds(memory=touched / self._memory)
+        return total + Seconds(pipeline=self._transfer(tokens * width) * layout.virtual_stages)
+
+    @property
+    def _matmul_speed(self) -> float:
+        return self.hardware.peak_teraflops * 1e12 * self.hardware.efficiency
+
+    def _layer_seconds(self, backward: bool) -> Seconds:
+        job, block, tensor = self.job, self.job.shape.block, self.job.layout.tensor
+        selective = backward and job.recompute == "selective"
+        tokens = job.micro_tokens
+        flops = 2 * tokens * block.matrix_parameters * (2 if backward else 1)
+        attention = tokens * block.attention_flops * (block.attention_backward if backward else 1)
+        if selective and block.attention_again:
+            attention += tokens * block.attention_flops
+        traffic = 0.0
+        for item in block.traffic:
+            moved = (item.backward if backward else item.forward) + (item.forward if selective and item.selective else 0)
+            traffic += moved / (tensor if item.split or job.sequence_parallel else 1)
+        exchanged = 2 * self._all_reduce(tokens * job.shape.element_bytes * job.shape.hidden, tensor, 1)
+        if backward and job.sequence_parallel:
+            exchanged *= 1.5  # the sequence is gathered again for the weights' gradients
+        speed = self.hardware.peak_teraflops * 1e12 * self.hardware.attention_efficiency
+        return Seconds(
+            matmul=flops / tensor / self._matmul_speed,
+            attention=attention / tensor / speed,
+            memory=tokens * traffic / self._memory,
+            overhead=self.hardware.block_overhead_seconds * (2 if backward else 1) / 3,
+            tensor=exchanged * (1 - self.overlap),
+        )
+
+    def _bus(self, size: int, stride: int) -> float:
+        """Bytes per second of a ring over `size` ranks, `stride` devices apart: links, or the network cards it can use."""
+        hardware = self.hardware
+        if size * stride <= hardware.devices_per_node:
+            return hardware.link_gb_per_second * 1e9
+        inside = max(1, hardware.devices_per_node // stride)
+        return min(hardware.link_gb_per_second, inside * hardware.network_gb_per_second) * 1e9
+
+    def _all_reduce(self, size_bytes: float, ranks: int, stride: int) -> float:
+        """Seconds of a ring all-reduce: 2 (n - 1) / n of the bytes leave each rank."""
+        return 2 * (ranks - 1) / ranks * size_bytes / self._bus(ranks, stride) if ranks > 1 else 0.0
+
+    def _transfer(self, size_bytes: float) -> float:
+        """Seconds of one hidden state to the neighbour stage: pipeline ranks are the farthest apart of all."""
+        layout, hardware = self.job.layout, self.hardware
+        if layout.pipeline == 1:
+            return 0.0
+        near = layout.world_size <= hardware.devices_per_node
+        speed = hardware.link_gb_per_second if near else hardware.network_gb_per_second
+        split = layout.tensor if self.job.sequence_parallel or self.job.shape.megatron else 1
+        return size_bytes / split / (speed * 1e9)
+
+    @cached_property
+    def _data_seconds(self) -> float:
+        """What data ranks exchange and nothing hides."""
+        job, layout = self.job, self.job.layout
+        if layout.data == 1:
+            return 0.0
+        rank = max(range(layout.pipeline), key=job.parameters)
+        size = job.parameters(rank) * job.shape.element_bytes
+        once = (layout.data - 1) / layout.data * size / self._bus(layout.data, layout.tensor)
+        forward, backward = (part.total for part in self._work[rank])
+        reduction = once if job.zero == 3 or job.shape.megatron else 2 * once
+        if job.reduce == "step":
+            reduced = max(0.0, reduction - backward) if self.overlap else reduction
+        else:
+            reduced = layout.num_micro_batches * (max(0.0, reduction - backward) if job.overlap_comm else reduction)
+        if job.zero < 3:
+            return reduced + (max(0.0, once - forward) if self.overlap else once)
+        if job.gather == "step":
+            return reduced + max(0.0, once - forward)
+        return reduced + layout.num_micro_batches * (max(0.0, once - forward) + max(0.0, once - backward))
+
+    def exchanges(self) -> list[Exchange]:
+        """What one rank of the slowest pipeline rank sends in a step, by kind; communication formulas of docs/plan.md."""
+        job, layout, rank = self.job, self.job.layout, self.slowest
+        shape, batches = job.shape, layout.num_micro_batches
+        hidden_bytes = job.micro_tokens * shape.hidden * shape.element_bytes
+        found = []
+        if layout.tensor > 1:
+            ends = (rank == 0) + (rank == layout.pipeline - 1)
+            calls = batches * (sum(job.chunk_layers(rank)) * (6 if job.recompute == "full" else 4) + ends)
+            each = 2 * (layout.tensor - 1) / layout.tensor * hidden_bytes
+            found.append(Exchange("tensor: all-reduce of hidden states", calls, calls * each))
+        if layout.pipeline > 1:
+            stages = range(rank, len(layout.stages), layout.pipeline)
+            calls = batches * sum((stage < len(layout.stages) - 1) + (stage > 0) for stage in stages)
+            found.append(Exchange("pipeline: hidden states and their gradients", calls, calls * hidden_bytes))
+        if layout.data > 1:
+            size = job.parameters(rank) * shape.element_bytes
+            share = (layout.data - 1) / layout.data * size
+            buckets = -(-job.parameters(rank) // job.bucket_elements)
+            times = 1 if job.reduce == "step" else batches
+            name, volume = ("reduce-scatter", 1) if job.zero == 3 else ("all-reduce", 2)
+            found.append(Exchange(f"data: {name} of gradients", times * buckets, times * volume * share))
+            gathers = 2 * batches if job.zero == 3 and job.gather == "microbatch" else 1
+            found.append(Exchange("data: all-gather of parameters", gathers, gathers * share))
+        return found
