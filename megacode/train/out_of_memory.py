@@ -1,11 +1,12 @@
 """What to say when memory runs out: what it holds, by the plan's formula, and what to change."""
 
 import os
-from typing import Any
+from typing import Literal
 
 import torch
 
 from megacode.plan.layout import Layout
+from megacode.plan.memory import StageMemory, stage_memory
 from megacode.recipe import Recipe
 
 _CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
@@ -19,9 +20,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explain_out_of_memory(recipe: Recipe, layout: Layout, pipeline_rank: int, device: torch.device) -> str:
     """One line: what a rank of this stage holds at its worst moment, what there is, and what to change."""
-    from megacode.plan.memory import stage_memory
-
-    kind = "cuda" if device.type == "cuda" else "cpu"
+    kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
     stage = stage_memory(recipe, layout, device=kind)[pipeline_rank]
     there = _memory_bytes(device)
     names = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
@@ -33,7 +32,7 @@ def explain_out_of_memory(recipe: Recipe, layout: Layout, pipeline_rank: int, de
     )
 
 
-def mend(recipe: Recipe, layout: Layout, stage: Any) -> str:
+def mend(recipe: Recipe, layout: Layout, stage: StageMemory) -> str:
     """What to change, for the largest part first that can still be made smaller."""
     parallel = recipe.parallel
     activations = stage.activations_bytes + stage.logits_bytes
