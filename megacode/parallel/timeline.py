@@ -55,7 +55,8 @@ def simulate(pipeline: int, num_micro_batches: int, virtual_stages: int = 1, bac
     waiting = list(range(pipeline))
     while waiting:
         rank = waiting.pop()
-        for operation in lists[rank][len(ranks[rank]) :]:
+        while len(ranks[rank]) < len(lists[rank]):
+            operation = lists[rank][len(ranks[rank])]
             stage = operation.chunk * pipeline + rank
             inputs = _inputs(operation, stage, pipeline * virtual_stages)
             if not all(key in stops for key in inputs):
