@@ -68,7 +68,7 @@ def layout_svg(layout: Layout, hosts: Mapping[str, int]) -> str:
         right += 14
     for data in range(replicas):
         start = left + data * (layout.tensor * cell + gap)
-        parts.append(label(start, 16, f"data rank {data}" if layout.data > 1 else "one replica", class_="title"))
+        parts.append(label(start, 16, f"data rank {data} of {layout.data:,}", class_="title"))
         parts += _columns(layout, start, cell)
         for pipeline in range(layout.pipeline):
             for tensor in range(layout.tensor):

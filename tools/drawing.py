@@ -98,11 +98,16 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Ticks of a logarithmic axis: powers of ten, with 2 and 5 between them where there is room."""
+    """Ticks of a logarithmic axis: powers of ten, with 2 and 5 between them where there is room.
+
+    A range too narrow for two of these has the ticks of a plain axis.
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
         values = [factor * 10.0**power for power in powers for factor in factors]
         inside = [value for value in values if low <= value <= high]
+        if len(inside) < 2:
+            return ticks(low, high, most)
         if len(inside) <= most:
             return inside
     return inside[:: -(-len(inside) // most)]

@@ -113,6 +113,11 @@ def plain(value: Any) -> str:
     return str(value)
 
 
+def rounded(value: float | None) -> str:
+    """A loss."""
+    return "\N{EN DASH}" if value is None else f"{value:.4f}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as 12.3 s, 4:05 min, 3:04 h or 2 d 3:04 h."""
     if seconds is None:

@@ -10,6 +10,7 @@ from megacode.tools.report.charts import (
     duration,
     figure,
     plain,
+    rounded,
     row,
     size,
     table,
@@ -144,7 +145,7 @@ def mixture(run: Run) -> str:
             f"{metrics.labels[name]:,}",
             f"{metrics.labels[name] / total:.2%}" if total else DASH,
             share_bar(metrics.labels[name] / total if total else 0.0, style),
-            plain(metrics.last_known.get(f"loss_by_source.{name}")),
+            rounded(metrics.last_known.get(f"loss_by_source.{name}")),
         ]
         for style, name in enumerate(_sources(run))
     ]

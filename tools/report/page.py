@@ -5,7 +5,7 @@ import hashlib
 
 from megacode.tools.drawing import escape, tag
 from megacode.tools.report import figures, records
-from megacode.tools.report.charts import duration, moment, plain
+from megacode.tools.report.charts import duration, moment, plain, rounded
 from megacode.tools.report.run import Run, number
 from megacode.tools.report.style import SCRIPT, STYLE
 
@@ -94,8 +94,8 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
     return [
         ("step", _whole(step), share),
         ("tokens", _whole(known.get("tokens")), ""),
-        ("last training loss", _rounded(known.get("loss")), ""),
-        ("last validation loss", _rounded(known.get("validation_loss")), f"step {at.x:,.0f}" if at else ""),
+        ("last training loss", rounded(known.get("loss")), ""),
+        ("last validation loss", rounded(known.get("validation_loss")), f"step {at.x:,.0f}" if at else ""),
         ("wall time", duration(wall), num_starts),
         ("time in steps", duration(metrics.step_seconds or None), ""),
         (
@@ -109,10 +109,6 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
 
 def _whole(value: float | None) -> str:
     return "\N{EN DASH}" if value is None else f"{value:,.0f}"
-
-
-def _rounded(value: float | None) -> str:
-    return "\N{EN DASH}" if value is None else f"{value:.4f}"
 
 
 def _notices(run: Run) -> str:

@@ -16,6 +16,10 @@ def _text(value: Any) -> str:
     return escape(plain(value))
 
 
+def _time(value: Any) -> str:
+    return tag("time", escape(moment(number(value))))
+
+
 def _command(value: Any) -> str:
     words = [str(word) for word in value] if isinstance(value, list) else [plain(value)]
     return tag("code", escape(shlex.join(words)) if isinstance(value, list) else escape(words[0]))
@@ -68,7 +72,7 @@ def starts(run: Run) -> str:
         rows.append(
             [
                 str(count),
-                moment(number(start.get("unix_time"))),
+                _time(start.get("unix_time")),
                 _text(start.get("step")),
                 escape(str(checkpoint).rstrip("/").rpartition("/")[2]) if checkpoint else "the beginning",
                 _text(start.get("world_size")),
@@ -89,7 +93,7 @@ def checkpoints(run: Run) -> str:
         [
             tag("code", escape(found.name)),
             _text(found.step),
-            moment(found.unix_time),
+            _time(found.unix_time),
             size(found.size_bytes),
             _text(found.num_files),
             escape(found.problem),
@@ -110,7 +114,7 @@ def events(run: Run) -> str:
     said = f"<p>{counts}.{f' The first {left_out:,} are left out.' if left_out else ''}</p>"
     rows = [
         [
-            moment(number(event.get("unix_time"))),
+            _time(event.get("unix_time")),
             _text(event.get("step")),
             tag("span", _text(event.get("event")), class_=f"event-{event.get('event')}"),
             _event_text(event),

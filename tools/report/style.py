@@ -73,6 +73,7 @@ th { font-weight: 600; } thead th { font-size: 13px; color: var(--soft); }
 code, pre { font: 13px/1.45 "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; background: var(--sheet); border: 1px solid var(--rule); padding: 12px 16px;
   margin: 8px 0; }
+time { white-space: nowrap; }
 summary { cursor: pointer; color: var(--link); }
 footer { margin-top: 44px; padding-bottom: 40px; font-size: 13px; color: var(--soft); }
 @media (max-width: 720px) { .row { grid-template-columns: 1fr; } .facts { grid-template-columns: repeat(2, 1fr); } }
@@ -102,7 +103,7 @@ for (const data of document.querySelectorAll("figure > script[type='application/
   cursor.setAttribute("class", "cursor");
   cursor.setAttribute("y1", plot.getAttribute("y"));
   cursor.setAttribute("y2", +plot.getAttribute("y") + +plot.getAttribute("height"));
-  const xs = [...new Set(series.flatMap(s => s.x))].sort((a, b) => a - b);
+  const xs = series.reduce((most, s) => s.x.length > most.length ? s.x : most, []);
   const nearest = (list, x) => list.reduce((best, v, i) => Math.abs(v - x) < Math.abs(list[best] - x) ? i : best, 0);
   let at = -1;
   const move = index => {
