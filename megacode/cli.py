@@ -5,7 +5,7 @@ import sys
 import typer
 
 from megacode.errors import UserError
-from megacode.tools import convert, demo, generate, prepare, tokenizer, verify
+from megacode.tools import convert, demo, generate, prepare, report, tokenizer, verify
 
 app = typer.Typer(
     help="megacode: train code language models of the Code Llama family.",
@@ -19,6 +19,7 @@ app.add_typer(convert.app, name="convert")
 app.command()(generate.generate)
 app.command()(demo.demo)
 app.command()(verify.verify)
+app.command()(report.report)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ ALLOWED = {
     "recipe": {"errors", "model.presets"},
     "parallel.stages": set(),
     "parallel.schedule": set(),
+    "parallel.timeline": {"parallel.schedule"},
     "plan": {"errors", "recipe", "parallel.stages", "parallel.schedule", "plan"},
     "data": {"errors", "recipe", "data"},
     "model": {"errors", "recipe", "kernels", "model"},
@@ -21,12 +22,18 @@ ALLOWED = {
     "engine": {"errors", "recipe", "plan", "kernels", "model", "parallel", "engine"},
     "checkpoint": {"errors", "recipe", "plan", "kernels", "model", "data", "checkpoint"},
     "train": {"errors", "recipe", "plan", "model", "data", "parallel", "engine", "checkpoint", "train"},
-    "tools": {"errors", "recipe", "plan", "kernels", "model", "data", "checkpoint", "tools"},
+    "tools": {
+        *("errors", "recipe", "plan", "kernels", "model", "data", "checkpoint", "tools"),
+        *("parallel.stages", "parallel.schedule", "parallel.timeline"),
+    },
     "cli": {"errors", "tools"},
 }
 """Part -> the parts it may import. The most specific entry counts, for the importer and for what it imports."""
 
-PURE = ("errors", "recipe", "plan", "model.presets", "parallel.stages", "parallel.schedule", "data", "cli")
+PURE = (
+    *("errors", "recipe", "plan", "model.presets", "data", "cli"),
+    *("parallel.stages", "parallel.schedule", "parallel.timeline"),
+)
 """These import neither torch nor deepspeed, so that planning, preparing and --help are quick."""
 
 
