@@ -5,7 +5,7 @@ import sys
 import typer
 
 from megacode.errors import UserError
-from megacode.tools import convert, demo, generate, prepare, tokenizer
+from megacode.tools import convert, demo, doctor, generate, prepare, tokenizer
 
 app = typer.Typer(
     help="megacode: train code language models of the Code Llama family.",
@@ -18,6 +18,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(convert.app, name="convert")
 app.command()(generate.generate)
 app.command()(demo.demo)
+app.command()(doctor.doctor)
 
 
 def main() -> None:
