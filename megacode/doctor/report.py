@@ -30,9 +30,10 @@ class Report:
         if section not in self.sections:
             self.console.print(Text(f"{'' if not self.sections else chr(10)}{section}", style="bold"))
             self.sections[section] = []
-        for finding in findings:
-            self.sections[section].append(finding)
-            self._print(finding)
+        with self.console.status(section):  # nothing where it is no terminal
+            for finding in findings:
+                self.sections[section].append(finding)
+                self._print(finding)
 
     def _print(self, finding: Finding) -> None:
         text = finding.text if finding.mend is None else f"{finding.text}\nmend: {finding.mend}"

@@ -33,6 +33,9 @@ def check_packages() -> Iterator[Finding]:
         f"{platform.python_version()}",
         "megacode is for 3.11 and 3.12; make a virtual environment with one of them",
     )
+    if installed("megacode") is None:
+        yield Finding("megacode", "WRONG", "is not installed: what it requires is not known", INSTALL)
+        return
     minor = []
     for requirement in _requirements():
         if requirement.name == "deepspeed":  # check_deepspeed

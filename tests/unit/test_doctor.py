@@ -45,6 +45,11 @@ def test_a_required_package_that_is_missing_or_old(requirement, text):
     assert "pip install" in finding.mend
 
 
+def test_megacode_itself_is_not_installed(monkeypatch):
+    monkeypatch.setattr(versions, "installed", lambda name: None)
+    assert states(versions.check_packages())["megacode"] == "WRONG"
+
+
 def test_a_package_that_does_not_import(monkeypatch):
     def fail(name):
         raise OSError("libcudart.so.12: cannot open shared object file")
