@@ -7,6 +7,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import socket
 import tempfile
@@ -17,14 +18,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from megacode.doctor.versions import one_line
 from megacode.errors import UserError
 
-TAIL_LINES = 6
-"""Lines of a failed rank's traceback that are shown."""
+LINES = 4
+"""How much of a stack, or of what a dead rank wrote last, is shown."""
+FRAME = re.compile(r'File "(?:.*/site-packages/)?(.*)", line (\d+) in (.*)')
+"""A line of faulthandler."""
 
 
 class RanksError(Exception):
-    """Ranks raised, died or did not answer; the message has a line for what each did, the culprit first."""
+    """Ranks raised, died or did not answer; the message says which, and where they stood."""
 
 
 class Processes:
@@ -57,6 +61,10 @@ class Processes:
         """
         if not self.ranks:
             self._start()
+            self._call(os.getpid)  # all have started: from here on time is the function's
+        return self._call(function, *args)
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         started = time.monotonic()
         for _, pipe in self.ranks:
             pipe.send((function, args))
@@ -66,10 +74,11 @@ class Processes:
         silent = [rank for rank in range(self.size) if rank not in results and rank not in errors]
         # Whoever fails early fails by itself and the others wait for it; later, they failed waiting for the silent.
         crashed = time.monotonic() - started < self.timeout_seconds
-        stacks = {} if crashed else {rank: self._stack(rank) for rank in silent}
+        lines = [] if crashed else [f"rank {rank} does not answer{self._stack(rank)}" for rank in silent]
         self._end()
-        lines = [f"rank {rank} does not answer{stack}" for rank, stack in stacks.items()]
-        lines += [f"rank {rank} {text}" for rank, text in errors.items()]
+        # The first to fail has the reason; a dead one before those that lost their connection to it.
+        dead = [rank for rank in errors if errors[rank].startswith("ended")]
+        lines += [f"rank {rank} {errors[rank]}" for rank in [*dead, *errors][:1]]
         raise RanksError("\n".join(lines))
 
     def _collect(self, started: float) -> tuple[dict[int, Any], dict[int, str]]:
@@ -130,15 +139,15 @@ class Processes:
         os.kill(process.pid, signal.SIGUSR1)
         time.sleep(0.5)
         text = log.read_bytes()[before:].decode(errors="replace") if log.is_file() else ""
-        frames = [line.strip() for line in text.splitlines() if line.startswith("  File")]
-        return "\n  " + "\n  ".join(frames[:3]) if frames else ", nor to a signal: it is stopped, or deep in the system"
+        frames = [f"{path}:{line} in {name}" for path, line, name in FRAME.findall(text)][:LINES]
+        return "\n" + _indent(frames) if frames else ", nor to a signal: it is stopped, or deep in the system"
 
     def _death(self, rank: int) -> str:
         process, _ = self.ranks[rank]
         process.join(5)
         log = self._log(rank)
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-        return f"ended with exit code {process.exitcode}\n{_tail(text)}"
+        return f"ended with exit code {process.exitcode}\n{_indent(text.strip().splitlines()[-LINES:])}"
 
     def _end(self) -> None:
         for process, pipe in self.ranks:
@@ -149,8 +158,17 @@ class Processes:
         self.ranks = []
 
 
-def _tail(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.strip().splitlines()[-TAIL_LINES:])
+def _indent(lines: list[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _explain(error: BaseException) -> str:
+    """What was raised and where, innermost first."""
+    if isinstance(error, UserError):
+        return f"refused: {error}"
+    stack = reversed(traceback.extract_tb(error.__traceback__))
+    frames = [f"{frame.filename.rpartition('/site-packages/')[2]}:{frame.lineno} in {frame.name}" for frame in stack]
+    return f"raised {one_line(error, limit=300)}\n{_indent(frames[:LINES])}"
 
 
 def _serve(pipe: Connection, environment: dict[str, str], log: Path, timeout_seconds: float) -> None:
@@ -168,15 +186,15 @@ def _serve(pipe: Connection, environment: dict[str, str], log: Path, timeout_sec
 
         place = find_place()
         start_process_group(place, find_device(place), timeout_seconds)
-    except Exception:
-        failure = traceback.format_exc()
+    except Exception as error:
+        failure = _explain(error)
     while True:
         try:
             function, args = pipe.recv()
         except EOFError:
             os._exit(0)
         faulthandler.dump_traceback_later(4 * timeout_seconds, exit=True, file=file)
-        answer = (False, f"did not start\n{_tail(failure)}") if failure else _answer(function, args)
+        answer = (False, f"did not start: {failure}") if failure else _answer(function, args)
         pipe.send_bytes(pickle.dumps(answer))
         faulthandler.cancel_dump_traceback_later()
 
@@ -184,7 +202,5 @@ def _serve(pipe: Connection, environment: dict[str, str], log: Path, timeout_sec
 def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
     try:
         return True, function(*args)
-    except UserError as error:
-        return False, f"refused: {error}"
-    except Exception:
-        return False, f"raised\n{_tail(traceback.format_exc())}"
+    except Exception as error:
+        return False, _explain(error)
