@@ -5,7 +5,7 @@ import sys
 import typer
 
 from megacode.errors import UserError
-from megacode.tools import convert, demo, generate, prepare, report, tokenizer, verify
+from megacode.tools import convert, demo, doctor, generate, prepare, report, tokenizer, verify
 
 app = typer.Typer(
     help="megacode: train code language models of the Code Llama family.",
@@ -20,6 +20,7 @@ app.command()(generate.generate)
 app.command()(demo.demo)
 app.command()(verify.verify)
 app.command()(report.report)
+app.command()(doctor.doctor)
 
 
 def main() -> None:

@@ -22,12 +22,15 @@ ALLOWED = {
     "engine": {"errors", "recipe", "plan", "kernels", "model", "parallel", "engine"},
     "checkpoint": {"errors", "recipe", "plan", "kernels", "model", "data", "checkpoint"},
     "train": {"errors", "recipe", "plan", "model", "data", "parallel", "engine", "checkpoint", "train"},
+    "doctor": {
+        *("errors", "recipe", "plan", "kernels", "model", "data", "parallel", "engine", "checkpoint", "train", "doctor"),
+    },
     "tools": {
-        *("errors", "recipe", "plan", "kernels", "model", "data", "checkpoint", "tools"),
+        *("errors", "recipe", "plan", "kernels", "model", "data", "checkpoint", "doctor", "tools"),
         *("parallel.stages", "parallel.schedule", "parallel.timeline"),
     },
     "cli": {"errors", "tools"},
-}
+}  # fmt: skip
 """Part -> the parts it may import. The most specific entry counts, for the importer and for what it imports."""
 
 PURE = (

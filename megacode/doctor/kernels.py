@@ -1,0 +1,112 @@
+"""Kernels: which backend each operation takes here and why, and whether each that serves here computes rightly."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacode.doctor.finding import Finding, verdict
+from megacode.doctor.versions import one_line
+from megacode.kernels import dispatch
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""Largest difference over the largest value. fp32: a sum of some hundred terms loses some hundred times 6e-8. bf16: the
+weights, the results and the gradients are each rounded to 4e-3. A wrong kernel is off by the order of 1."""
+
+
+def dtypes(device: torch.device) -> list[torch.dtype]:
+    """Those that training would use on the device."""
+    return [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
+
+
+def word(dtype: torch.dtype) -> str:
+    """bf16 or fp32, as recipes say it."""
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+
+
+def check_backends(device: torch.device) -> Iterator[Finding]:
+    """Each operation's backend and what speaks against the ones before it."""
+    for dtype in dtypes(device):
+        for operation in dispatch.TABLE:
+            choice = dispatch.choose(operation, device=device, dtype=dtype)
+            yield Finding(f"{operation} {word(dtype)}", "ok", f"{choice.name}: {choice.reason}")
+
+
+def _heads(batch: int, sequence: int, heads: int, head_dim: int = 32) -> Tensor:
+    return torch.randn(batch, sequence, heads, head_dim, dtype=torch.float64)
+
+
+def _rope() -> list[Any]:
+    return [_heads(2, 65, 4), _heads(2, 65, 2), torch.randint(0, 16_384, (2, 65)), 1e6]
+
+
+def _attention() -> list[Any]:
+    bounds = torch.tensor([0, 37, 38, 128, 150, 256], dtype=torch.int32)
+    return [_heads(2, 128, 4), _heads(2, 128, 2), _heads(2, 128, 2), bounds]
+
+
+INPUTS: dict[str, Callable[[], list[Any]]] = {"rope": _rope, "attention": _attention}
+"""Operation -> the arguments of a call; its floating-point tensors are the ones that are differentiated."""
+
+
+def check_twins(device: torch.device) -> Iterator[Finding]:
+    """Every backend that serves here against its plain-torch twin in fp64 on the CPU, forward and backward."""
+    for dtype in dtypes(device):
+        for operation, backends in dispatch.TABLE.items():
+            for name, backend in backends.items():
+                if backend.refusal(device, dtype) is None:
+                    yield check_twin(operation, name, backend.function, device, dtype)
+
+
+def check_twin(
+    operation: str, name: str, function: Callable[..., Any], device: torch.device, dtype: torch.dtype
+) -> Finding:
+    """One backend against the twin, the last of the operation's table."""
+    title = f"{operation} {word(dtype)} by {name}"
+    if operation not in INPUTS:
+        return Finding(title, "skipped", "the doctor has no case for this operation")
+    torch.manual_seed(0)
+    # The inputs are rounded first: both sides start from the same numbers.
+    inputs = [x.to(dtype) if _differentiable(x) else x for x in INPUTS[operation]()]
+    twin = list(dispatch.TABLE[operation].values())[-1].function
+    exact = _differentiate(twin, [x.double() if _differentiable(x) else x for x in inputs])
+    try:
+        actual = _differentiate(function, [x.to(device) if isinstance(x, Tensor) else x for x in inputs])
+    except Exception as error:
+        return Finding(title, "WRONG", f"fails: {one_line(error)}", _mend(operation, name))
+    errors = [relative(x, y) for x, y in zip(actual, exact, strict=True)]
+    num_grads = sum(map(_differentiable, inputs))
+    forward, backward = max(errors[:-num_grads]), max(errors[-num_grads:])
+    text = f"forward {forward:.1e}, backward {backward:.1e} from fp64, tolerance {TOLERANCE[dtype]:.0e}"
+    return verdict(title, max(forward, backward) <= TOLERANCE[dtype], text, _mend(operation, name))
+
+
+def _mend(operation: str, name: str) -> str:
+    return f"install {name} for this torch again" if name != "torch" else "install torch again: its own kernels err"
+
+
+def _differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _differentiate(function: Callable[..., Any], inputs: list[Any]) -> list[Tensor]:
+    """The outputs and then the gradients of their sum weighted with fixed numbers."""
+    arguments = [x.detach().requires_grad_() if _differentiable(x) else x for x in inputs]
+    result = function(*arguments)
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    weights = [_weights(x) for x in outputs]
+    leaves = [x for x in arguments if _differentiable(x)]
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, weights)]
+
+
+def _weights(x: Tensor) -> Tensor:
+    """Numbers of the order of 1 that bf16 holds exactly, the same for every backend."""
+    generator = torch.Generator().manual_seed(x.numel())
+    return (torch.randint(-8, 9, x.shape, generator=generator) / 8).to(x.device, x.dtype)
+
+
+def relative(actual: Tensor, exact: Tensor) -> float:
+    """Largest difference over the largest value; infinite where a value is not finite."""
+    difference = (actual.detach().double().cpu() - exact.double()).abs().max() / exact.double().abs().max()
+    return float(difference) if difference.isfinite() else float("inf")
