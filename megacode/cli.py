@@ -5,7 +5,7 @@ import sys
 import typer
 
 from megacode.errors import UserError
-from megacode.tools import convert, demo, generate, prepare, tokenizer
+from megacode.tools import convert, demo, generate, plan, prepare, tokenizer
 
 app = typer.Typer(
     help="megacode: train code language models of the Code Llama family.",
@@ -17,6 +17,7 @@ app.command()(prepare.prepare)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(convert.app, name="convert")
 app.command()(generate.generate)
+app.command()(plan.plan)
 app.command()(demo.demo)
 
 

@@ -14,7 +14,8 @@ ALLOWED = {
     "recipe": {"errors", "model.presets"},
     "parallel.stages": set(),
     "parallel.schedule": set(),
-    "plan": {"errors", "recipe", "parallel.stages", "parallel.schedule", "plan"},
+    "engine.config": {"errors", "recipe"},
+    "plan": {"errors", "recipe", "parallel.stages", "parallel.schedule", "engine.config", "plan"},
     "data": {"errors", "recipe", "data"},
     "model": {"errors", "recipe", "kernels", "model"},
     "parallel": {"errors", "recipe", "plan", "kernels", "model", "parallel"},
@@ -26,7 +27,17 @@ ALLOWED = {
 }
 """Part -> the parts it may import. The most specific entry counts, for the importer and for what it imports."""
 
-PURE = ("errors", "recipe", "plan", "model.presets", "parallel.stages", "parallel.schedule", "data", "cli")
+PURE = (
+    "errors",
+    "recipe",
+    "plan",
+    "model.presets",
+    "parallel.stages",
+    "parallel.schedule",
+    "engine.config",
+    "data",
+    "cli",
+)
 """These import neither torch nor deepspeed, so that planning, preparing and --help are quick."""
 
 
