@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,14 @@ RESERVED_GIB = 3.0
 """Of a device's memory, not for tensors: CUDA's context, NCCL's buffers, fragmentation."""
 SHOWN_LAYOUTS, SHOWN_REASONS = 10, 15
 NOT_YET = "* not in the trainer yet: what it would need"
-Device = Enum("Device", {name: name for name in HARDWARE}, type=str)
+
+
+class Device(StrEnum):
+    """Kinds of GPU: the names in HARDWARE."""
+
+    A100 = "A100"
+    H100 = "H100"
+    H200 = "H200"
 
 
 def plan(
@@ -35,9 +42,7 @@ def plan(
         float | None,
         typer.Option(help=f"GiB of a GPU that tensors may fill; left out, the device's less {RESERVED_GIB:g}."),
     ] = None,
-    device: Annotated[
-        Device, typer.Option(help="Kind of GPU; the options below replace what is known of it.")
-    ] = Device["H100"],
+    device: Annotated[Device, typer.Option(help="Kind of GPU; the options below replace what is known.")] = Device.H100,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs that share fast links.")] = 8,
     peak_teraflops: Annotated[float | None, typer.Option(help="bf16 peak of a GPU.")] = None,
     efficiency: Annotated[float | None, typer.Option(help="Share of the peak that large matmuls attain.")] = None,
@@ -90,7 +95,7 @@ def plan(
     raise typer.Exit(0 if good else 1)
 
 
-def _hardware(device: str, given: dict[str, float | None]) -> Hardware:
+def _hardware(device: str, given: dict[str, Any]) -> Hardware:
     for key, value in given.items():
         if value is not None and value <= 0:
             raise UserError(f"--{key.replace('_', '-')} must be above 0, not {value}")

@@ -1,8 +1,8 @@
 """What a step costs: bubble, collectives, bytes, seconds. Formulas and their sources: docs/plan.md.
 
-A step's time is the slowest pipeline rank's work for all its micro-batches, plus the bubble, plus what data ranks exchange
-without hiding it, plus the optimizer. A rank's work is matmuls and attention at a share of the peak, memory-bound
-operations at the memory's bandwidth, and the exchanges among tensor and pipeline ranks that nothing hides.
+A step's time is the slowest pipeline rank's work for all its micro-batches, plus the bubble, plus what data ranks
+exchange without hiding it, plus the optimizer. A rank's work is matmuls and attention at a share of the peak,
+memory-bound operations at the memory's bandwidth, and the exchanges among tensor and pipeline ranks that nothing hides.
 """
 
 from dataclasses import dataclass, fields
@@ -146,7 +146,7 @@ class Cost:
 
     @property
     def _accumulate_bytes(self) -> int:
-        """Per parameter and micro-batch: to add a gradient to the step's sum, or to copy it through DeepSpeed's bucket."""
+        """Per parameter and micro-batch: to add a gradient to a sum, or to copy it through DeepSpeed's bucket."""
         if self.job.shape.megatron:
             return 8  # fp32 sum read and written within the matmul
         if self.job.reduce == "microbatch":
@@ -184,7 +184,7 @@ class Cost:
         )
 
     def _bus(self, size: int, stride: int) -> float:
-        """Bytes per second of a ring over `size` ranks, `stride` devices apart: links, or the network cards it can use."""
+        """Bytes per second of a ring over `size` ranks, `stride` devices apart: links, or the cards it can use."""
         hardware = self.hardware
         if size * stride <= hardware.devices_per_node:
             return hardware.link_gb_per_second * 1e9
@@ -227,7 +227,7 @@ class Cost:
         return reduced + layout.num_micro_batches * (max(0.0, once - forward) + max(0.0, once - backward))
 
     def exchanges(self) -> list[Exchange]:
-        """What one rank of the slowest pipeline rank sends in a step, by kind; communication formulas of docs/plan.md."""
+        """What one device of the slowest pipeline rank sends in a step, by kind; formulas of docs/plan.md."""
         job, layout, rank = self.job, self.job.layout, self.slowest
         shape, batches = job.shape, layout.num_micro_batches
         hidden_bytes = job.micro_tokens * shape.hidden * shape.element_bytes

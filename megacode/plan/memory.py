@@ -2,8 +2,8 @@
 
 Bytes of tensors: a CUDA context, fragmentation and what NCCL allocates come on top.
 
-A rank's micro-batches in flight are counted by walking the very list of operations that it will run. Four kinds of moments
-are compared: a forward, a backward, the reduction after the schedule (`reduce: step`) and the optimizer's update.
+A rank's micro-batches in flight are counted by walking the very list of operations that it will run. Four kinds of
+moments are compared: a forward, a backward, the reduction after the schedule (`reduce: step`), the optimizer's update.
 """
 
 from dataclasses import dataclass, replace
@@ -110,8 +110,8 @@ def memory(job: Job) -> list[StageMemory]:
 def worst_stage(job: Job) -> StageMemory:
     """The entry of `memory` with the largest total, without computing ranks that another one surpasses.
 
-    Ranks later in the pipeline hold fewer micro-batches, so of those with equal layers the first is the worst; the first
-    and the last rank of all hold embedding and head.
+    Ranks later in the pipeline hold fewer micro-batches, so of those with equal layers the first is the worst; the
+    first and the last rank of all hold embedding and head.
     """
     last = job.layout.pipeline - 1
     ranks, seen = [], set()
@@ -148,7 +148,7 @@ class Load:
 
 @lru_cache(maxsize=4096)
 def loads(pipeline: int, rank: int, num_micro_batches: int, virtual_stages: int) -> tuple[Load, ...]:
-    """The operations of a rank's schedule that can be its worst moment: none that another one surpasses in every part."""
+    """The operations of a rank's schedule that can be its worst moment: none that another surpasses in every part."""
     held, forwards, backwards = ([0] * virtual_stages for _ in range(3))
     found: dict[tuple[str, int], list[Load]] = {}
     for operation in one_f_one_b(pipeline, rank, num_micro_batches, virtual_stages):
@@ -311,7 +311,7 @@ def _key(job: Job, rank: int) -> tuple[int, int, int, int]:
 
 
 def _update(job: Job, rank: int, static: StageMemory) -> StageMemory:
-    """The optimizer's step: the partition's gradients flattened in fp32, and Adam's temporaries where it is not fused."""
+    """The optimizer's step: the partition's gradients flattened in fp32, Adam's temporaries where it is not fused."""
     if job.offload != "none":
         return static
     share = job.parameters(rank) / job.layout.data

@@ -1,4 +1,4 @@
-"""What `megacode plan` says, as data: of a recipe's own layout, of the policies it could take, and the recipe to write."""
+"""What `megacode plan` says, as data: of a recipe's own layout, of the policies it could take, the recipe to write."""
 
 import os
 from dataclasses import asdict, fields, replace

@@ -103,7 +103,7 @@ def describe(changes: dict[str, Any]) -> str:
 
 
 def mend(recipe: Recipe, num_devices: int, limit_bytes: float) -> str:
-    """What to change where a recipe's own layout does not fit: the first single change that does, else what is large."""
+    """What to change where a recipe's own layout does not fit: the first single change that does, else what is big."""
     worst = _evaluate(recipe, {}, num_devices)
     for changes in _small_changes(recipe):
         try:
@@ -189,7 +189,8 @@ def _try(
     worst = worst_stage(job)
     if worst.total_bytes > limit_bytes:
         where = f"tensor {layout.tensor} pipeline {layout.pipeline}"
-        reason = f"{where}: the nearest needs {worst.total_bytes / GIB:.1f} GiB on stage {worst.pipeline_rank}; {_largest(worst)}"
+        need = f"the nearest needs {worst.total_bytes / GIB:.1f} GiB on stage {worst.pipeline_rank}"
+        reason = f"{where}: {need}; {_largest(worst)}"
         found.reject(f"memory {where}", reason, changes, worst.total_bytes)
         return
     found.fitting.append(Choice(changes, worst, Cost(job, hardware)))
@@ -205,7 +206,7 @@ def _largest(stage: StageMemory) -> str:
         "logits": (stage.logits_bytes, "lower micro_samples or raise tensor"),
         "buffers": (
             stage.buffers_bytes,
-            "raise the data ranks (fewer hidden states are sent a step) or lower reduce_bucket_size",
+            "raise the data ranks: fewer micro-batches a step are sent",
         ),
     }
     name, (size, change) = max(parts.items(), key=lambda part: part[1][0])

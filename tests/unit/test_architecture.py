@@ -28,16 +28,8 @@ ALLOWED = {
 """Part -> the parts it may import. The most specific entry counts, for the importer and for what it imports."""
 
 PURE = (
-    "errors",
-    "recipe",
-    "plan",
-    "model.presets",
-    "parallel.stages",
-    "parallel.schedule",
-    "engine.config",
-    "data",
-    "cli",
-)
+    "errors", "recipe", "plan", "model.presets", "parallel.stages", "parallel.schedule", "engine.config", "data", "cli",
+)  # fmt: skip
 """These import neither torch nor deepspeed, so that planning, preparing and --help are quick."""
 
 
