@@ -69,14 +69,15 @@ def one_process(recipe: Recipe, steps: int, device: torch.device | str = "cpu") 
     with device:
         model = Llama(recipe.model, PlainLayers(device, torch.float32))
     initialise(model, recipe.seed)
-    optimizer = adam(model.parameters(), recipe.optimizer, device)
+    optimizer = adam(model.parameters(), recipe.optimizer)
     outcome = Outcome()
     for step in range(steps):
         tokens = Samples(recipe, step)
         total = 0.0
         for first in range(0, batch.global_samples, batch.micro_samples):
             micro = tokens.micro_batch(first, device)
-            loss = model(micro.tokens, micro.positions, micro.cu_seqlens, micro.labels) / tokens.num_valid
+            losses = model(micro.tokens, micro.positions, micro.cu_seqlens, micro.labels)
+            loss = losses.sum() / tokens.num_valid
             loss.backward()
             total += loss.item()
         outcome.losses.append(total)
@@ -100,9 +101,9 @@ def in_layout(recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, 
         mine = [(number * mesh.zero_size + mesh.zero_rank) * size for number in range(layout.num_micro_batches)]
         batches = [tokens.micro_batch(first, device) for first in mine]
         loss = engine.train_step(batches, mesh.zero_size / tokens.num_valid)
-        outcome.norms.append(engine.update(recipe.optimizer.learning_rate))
+        outcome.norms.append(float(engine.update(recipe.optimizer.learning_rate)[0]))
         dist.all_reduce(loss)  # every tensor rank of the last stage has the same, the other stages have zero
-        outcome.losses.append(float(loss) / mesh.tensor / tokens.num_valid)
+        outcome.losses.append(float(loss.sum()) / mesh.tensor / tokens.num_valid)
     _gather(engine, mesh, outcome)
     engine.engine.destroy()
     return outcome

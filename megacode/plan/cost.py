@@ -1,8 +1,8 @@
 """What a step costs: bubble, collectives, bytes, seconds. Formulas and their sources: docs/plan.md.
 
-A step's time is the slowest pipeline rank's work for all its micro-batches, plus the bubble, plus what data ranks exchange
-without hiding it, plus the optimizer. A rank's work is matmuls and attention at a share of the peak, memory-bound
-operations at the memory's bandwidth, and the exchanges among tensor and pipeline ranks that nothing hides.
+A step's time is the slowest pipeline rank's work for all its micro-batches, plus the bubble, plus what data ranks
+exchange without hiding it, plus the optimizer. A rank's work is matmuls and attention at a share of the peak,
+memory-bound operations at the memory's bandwidth, and the exchanges among tensor and pipeline ranks that nothing hides.
 """
 
 from dataclasses import dataclass, fields
@@ -13,8 +13,6 @@ from megacode.plan.job import Job
 
 OPTIMIZER_BYTES = 30
 """Per parameter of a rank's partition: fp32 gradient, master and two moments read, the last three and bf16 written."""
-ACCUMULATE_BYTES = {True: 8, False: 10}
-"""Per parameter and micro-batch, to add a gradient to an fp32 sum: within the matmul, or in a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,14 @@ class Cost:
     @cached_property
     def _work(self) -> list[tuple[Seconds, Seconds]]:
         """(forward, backward) of one micro-batch, for each pipeline rank, over its chunks."""
-        return [(self._pass(rank, False), self._pass(rank, True)) for rank in range(self.job.layout.pipeline)]
+        passes: dict[tuple[int, bool, bool], tuple[Seconds, Seconds]] = {}
+        found = []
+        for rank in range(self.job.layout.pipeline):
+            key = sum(self.job.chunk_layers(rank)), rank == 0, rank == self.job.layout.pipeline - 1
+            if key not in passes:
+                passes[key] = self._pass(rank, False), self._pass(rank, True)
+            found.append(passes[key])
+        return found
 
     @cached_property
     def slowest(self) -> int:
@@ -91,7 +96,10 @@ class Cost:
         step = share * OPTIMIZER_BYTES / self._memory
         host = 0.0
         if self.job.offload != "none":  # gradients out, parameters back; Adam at a tenth of the device's bandwidth
-            host, step = share * (4 + self.job.shape.element_bytes) / (self.hardware.host_gb_per_second * 1e9), step * 10
+            host, step = (
+                share * (4 + self.job.shape.element_bytes) / (self.hardware.host_gb_per_second * 1e9),
+                step * 10,
+            )
         return work + Seconds(bubble=self._bubble_seconds, data=self._data_seconds, optimizer=step, offload=host)
 
     @property
@@ -132,10 +140,18 @@ class Cost:
             total += Seconds(matmul=flops / self._matmul_speed, memory=traffic / self._memory)
         if layout.tensor > 1 and ((last and backward) or (first and not backward)):
             total += Seconds(tensor=self._all_reduce(tokens * width, layout.tensor, 1) * (1 - self.overlap))
-        if backward and job.reduce == "step" and shape.element_bytes == 2:
-            touched = job.parameters(rank) * ACCUMULATE_BYTES[shape.megatron]
-            total += Seconds(memory=touched / self._memory)
+        if backward:
+            total += Seconds(memory=job.parameters(rank) * self._accumulate_bytes / self._memory)
         return total + Seconds(pipeline=self._transfer(tokens * width) * layout.virtual_stages)
+
+    @property
+    def _accumulate_bytes(self) -> int:
+        """Per parameter and micro-batch: to add a gradient to a sum, or to copy it through DeepSpeed's bucket."""
+        if self.job.shape.megatron:
+            return 8  # fp32 sum read and written within the matmul
+        if self.job.reduce == "microbatch":
+            return 4 * self.job.shape.element_bytes
+        return 10 if self.job.shape.element_bytes == 2 else 12
 
     @property
     def _matmul_speed(self) -> float:
@@ -151,7 +167,9 @@ class Cost:
             attention += tokens * block.attention_flops
         traffic = 0.0
         for item in block.traffic:
-            moved = (item.backward if backward else item.forward) + (item.forward if selective and item.selective else 0)
+            moved = (item.backward if backward else item.forward) + (
+                item.forward if selective and item.selective else 0
+            )
             traffic += moved / (tensor if item.split or job.sequence_parallel else 1)
         exchanged = 2 * self._all_reduce(tokens * job.shape.element_bytes * job.shape.hidden, tensor, 1)
         if backward and job.sequence_parallel:
@@ -166,7 +184,7 @@ class Cost:
         )
 
     def _bus(self, size: int, stride: int) -> float:
-        """Bytes per second of a ring over `size` ranks, `stride` devices apart: links, or the network cards it can use."""
+        """Bytes per second of a ring over `size` ranks, `stride` devices apart: links, or the cards it can use."""
         hardware = self.hardware
         if size * stride <= hardware.devices_per_node:
             return hardware.link_gb_per_second * 1e9
@@ -209,7 +227,7 @@ class Cost:
         return reduced + layout.num_micro_batches * (max(0.0, once - forward) + max(0.0, once - backward))
 
     def exchanges(self) -> list[Exchange]:
-        """What one rank of the slowest pipeline rank sends in a step, by kind; communication formulas of docs/plan.md."""
+        """What one device of the slowest pipeline rank sends in a step, by kind; formulas of docs/plan.md."""
         job, layout, rank = self.job, self.job.layout, self.slowest
         shape, batches = job.shape, layout.num_micro_batches
         hidden_bytes = job.micro_tokens * shape.hidden * shape.element_bytes

@@ -31,15 +31,17 @@ class Hardware:
     """Between nodes, one way per device."""
     host_gb_per_second: float
     """Between a device and its host's memory, one way."""
+    memory_gib: float
+    """Of the device, as CUDA reports it."""
     block_overhead_seconds: float = 0.6e-3
     """Launches and tails of one block's kernels, forward and backward of one micro-batch, whatever their size."""
     devices_per_node: int = 8
 
 
-_A100 = Hardware(PEAK_TERAFLOPS["A100"], 0.78, 0.45, 1700, 230, 22, 22)
-_H100 = Hardware(PEAK_TERAFLOPS["H100"], 0.68, 0.42, 3000, 360, 45, 50)
+_A100 = Hardware(PEAK_TERAFLOPS["A100"], 0.78, 0.45, 1700, 230, 22, 22, 79)
+_H100 = Hardware(PEAK_TERAFLOPS["H100"], 0.68, 0.42, 3000, 360, 45, 50, 79)
 
-HARDWARE = {"A100": _A100, "H100": _H100, "H200": replace(_H100, memory_gb_per_second=4300)}
+HARDWARE = {"A100": _A100, "H100": _H100, "H200": replace(_H100, memory_gb_per_second=4300, memory_gib=140)}
 """Measured by others: NCCL's bus bandwidth in a node of A100 and of H200, copies on H100 and H200 at nine tenths of the
 data sheet's bandwidth. Fitted, once a generation, to the published step times of docs/plan.md: the efficiencies and the
 overhead. H200 has H100's arithmetic."""

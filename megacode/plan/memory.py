@@ -2,11 +2,11 @@
 
 Bytes of tensors: a CUDA context, fragmentation and what NCCL allocates come on top.
 
-A rank's micro-batches in flight are counted by walking the very list of operations that it will run. Four kinds of moments
-are compared: a forward, a backward, the reduction after the schedule (`reduce: step`) and the optimizer's update.
+A rank's micro-batches in flight are counted by walking the very list of operations that it will run. Four kinds of
+moments are compared: a forward, a backward, the reduction after the schedule (`reduce: step`), the optimizer's update.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -48,7 +48,8 @@ class StageMemory:
     @property
     def total_bytes(self) -> int:
         """On the device."""
-        return sum(getattr(self, f.name) for f in fields(self) if f.name.endswith("_bytes") and f.name != "host_bytes")
+        states = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
+        return states + self.activations_bytes + self.logits_bytes + self.buffers_bytes
 
 
 def stage_memory(
@@ -106,6 +107,22 @@ def memory(job: Job) -> list[StageMemory]:
     return [_stage(job, rank) for rank in range(job.layout.pipeline)]
 
 
+def worst_stage(job: Job) -> StageMemory:
+    """The entry of `memory` with the largest total, without computing ranks that another one surpasses.
+
+    Ranks later in the pipeline hold fewer micro-batches, so of those with equal layers the first is the worst; the
+    first and the last rank of all hold embedding and head.
+    """
+    last = job.layout.pipeline - 1
+    ranks, seen = [], set()
+    for rank in range(last + 1):
+        key = (tuple(job.chunk_layers(rank)), rank in (0, last))
+        if key not in seen or rank == last:
+            seen.add(key)
+            ranks.append(rank)
+    return max((_stage(job, rank) for rank in ranks), key=lambda stage: stage.total_bytes)
+
+
 def activation_bytes(job: Job, layers: int = 1) -> float:
     """What one micro-batch's forward through some blocks keeps on one device (Korthikanti et al. 2022, section 4)."""
     tensor, token_bytes = job.layout.tensor, 0.0
@@ -131,26 +148,29 @@ class Load:
 
 @lru_cache(maxsize=4096)
 def loads(pipeline: int, rank: int, num_micro_batches: int, virtual_stages: int) -> tuple[Load, ...]:
-    """The operations of a rank's schedule that can be its worst: none that another one surpasses in all counts."""
+    """The operations of a rank's schedule that can be its worst moment: none that another surpasses in every part."""
     held, forwards, backwards = ([0] * virtual_stages for _ in range(3))
-    found: list[Load] = []
+    found: dict[tuple[str, int], list[Load]] = {}
     for operation in one_f_one_b(pipeline, rank, num_micro_batches, virtual_stages):
         if operation.kind == "forward":
             held[operation.chunk] += 1
             forwards[operation.chunk] += 1
         load = Load(operation.kind, operation.chunk, tuple(held), tuple(forwards), tuple(backwards))
-        # Counts of what was sent only grow: a later operation surpasses an earlier one that holds no more.
-        found = [one for one in found if not _surpasses(load, one)]
-        found.append(load)
+        alike = found.setdefault((load.kind, load.chunk), [])
+        if not any(_surpasses(early, load) for early in alike):
+            alike[:] = [early for early in alike if not _surpasses(load, early)] + [load]
         if operation.kind == "backward":
             held[operation.chunk] -= 1
             backwards[operation.chunk] += 1
-    return tuple(found)
+    return tuple(load for alike in found.values() for load in alike)
 
 
-def _surpasses(late: Load, early: Load) -> bool:
-    same = (late.kind, late.chunk) == (early.kind, early.chunk)
-    return same and all(a >= b for a, b in zip(late.in_flight, early.in_flight, strict=True))
+def _surpasses(one: Load, other: Load) -> bool:
+    """Whether `one` has no less of anything; a kept micro-batch weighs at least as much as a hidden state sent."""
+    more = [a - b for a, b in zip(one.in_flight, other.in_flight, strict=True)]
+    sent = sum(other.forwards) + sum(other.backwards) - sum(one.forwards) - sum(one.backwards)
+    started = all(a > 0 or b == 0 for a, b in zip(one.backwards, other.backwards, strict=True))
+    return min(more) >= 0 and sum(more) >= sent and started
 
 
 def _stage(job: Job, rank: int) -> StageMemory:
@@ -166,23 +186,19 @@ def _stage(job: Job, rank: int) -> StageMemory:
 
 def _static(job: Job, rank: int) -> StageMemory:
     """What lies there between two steps."""
-    w, count, data = job.shape.element_bytes, job.parameters(rank), job.layout.data
-    share = count / data
-    masters = 12 * share
+    w, share = job.shape.element_bytes, job.parameters(rank) / job.layout.data
+    parameters, gradients, buffers, masters, host = w * share, 0.0, 0.0, 12 * share, 0.0
     if job.zero < 3:
-        parameters, gradients, buffers = w * count, 0.0, 0.0
+        parameters *= job.layout.data
     else:
-        parameters, buffers = w * share, w * job.bucket_elements
+        buffers = float(w * job.bucket_elements)
         gradients = share * (4 if job.reduce == "microbatch" else w)
-    host = 0.0
-    if job.offload != "none":
-        host += masters + (gradients if job.zero == 3 else 4 * share) + 4 * share
+    if job.offload != "none":  # with the fp32 gradients that Adam reads there
+        host = masters + 4 * share + (gradients if job.zero == 3 else 4 * share)
         masters = gradients = 0.0
     if job.offload == "all" and job.zero == 3:
         host, parameters = host + parameters, 0.0
-    return StageMemory(
-        rank, "update", 0, int(parameters), int(gradients), int(masters), 0, 0, int(buffers), int(host)
-    )
+    return StageMemory(rank, "update", 0, int(parameters), int(gradients), int(masters), 0, 0, int(buffers), int(host))
 
 
 def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMemory:
@@ -295,7 +311,7 @@ def _key(job: Job, rank: int) -> tuple[int, int, int, int]:
 
 
 def _update(job: Job, rank: int, static: StageMemory) -> StageMemory:
-    """The optimizer's step: the partition's gradients flattened in fp32, and Adam's temporaries where it is not fused."""
+    """The optimizer's step: the partition's gradients flattened in fp32, Adam's temporaries where it is not fused."""
     if job.offload != "none":
         return static
     share = job.parameters(rank) / job.layout.data

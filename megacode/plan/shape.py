@@ -1,7 +1,7 @@
 """What one transformer block, embedding and head hold, keep for backward, multiply and move: data for the formulas.
 
-Two kinds of blocks are described: ours (`llama`), operation by operation as megacode/model/ runs it, and the GPT block of
-the published tables (`gpt`: Korthikanti et al. 2022, section 4.1), so that one set of formulas answers for both.
+Two kinds of blocks are described: ours (`llama`), operation by operation as megacode/model/ runs it, and the GPT block
+of the published tables (`gpt`: Korthikanti et al. 2022, section 4.1), so that one set of formulas answers for both.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,7 @@ class Saved:
     token_bytes: float
     """Bytes per token, over all tensor ranks."""
     split: bool
-    """Whether the tensor ranks share it; else each holds all of it (or its share of the sequence: sequence parallelism).
-    """
+    """Whether the tensor ranks share it; else each holds all of it, or its share under sequence parallelism."""
     kept: tuple[Recompute, ...] = NONE_AND_SELECTIVE
     """The policies of recomputation under which it is kept."""
 
@@ -78,9 +77,9 @@ class Shape:
     tied: bool = False
     """Whether the head is the embedding's matrix (one copy on the first and one on the last stage)."""
     megatron: bool = False
-    """Whether it runs as in Megatron-LM: matmuls add weights' gradients to the fp32 sums themselves, tensor ranks send each
-    their share of a hidden state to the next stage, gradients are reduce-scattered. Ours takes a pass, sends all of it from
-    each, and all-reduces gradients below ZeRO-3, as DeepSpeed does."""
+    """Whether it runs as in Megatron-LM: matmuls add weights' gradients to the fp32 sums themselves, tensor ranks send
+    each their share of a hidden state to the next stage, gradients are reduce-scattered. Ours takes a pass, sends all
+    of it from each, and all-reduces gradients below ZeRO-3, as DeepSpeed does."""
 
     @property
     def parameters(self) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support.training import SEED, _mesh, micro_batch, samples
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from megacode.model.layers import initial_values, part_of
 from megacode.plan.layout import fit
 from megacode.recipe import Recipe
+from support.training import SEED, _mesh, micro_batch, samples
 
 
 class LiveBytes(TorchDispatchMode):

@@ -15,7 +15,8 @@ ALLOWED = {
     "parallel.stages": set(),
     "parallel.schedule": set(),
     "parallel.timeline": {"parallel.schedule"},
-    "plan": {"errors", "recipe", "parallel.stages", "parallel.schedule", "plan"},
+    "engine.config": {"errors", "recipe"},
+    "plan": {"errors", "recipe", "parallel.stages", "parallel.schedule", "engine.config", "plan"},
     "data": {"errors", "recipe", "data"},
     "model": {"errors", "recipe", "kernels", "model"},
     "parallel": {"errors", "recipe", "plan", "kernels", "model", "parallel"},
@@ -23,7 +24,8 @@ ALLOWED = {
     "checkpoint": {"errors", "recipe", "plan", "kernels", "model", "data", "checkpoint"},
     "train": {"errors", "recipe", "plan", "model", "data", "parallel", "engine", "checkpoint", "train"},
     "doctor": {
-        *("errors", "recipe", "plan", "kernels", "model", "data", "parallel", "engine", "checkpoint", "train", "doctor"),
+        *("errors", "recipe", "plan", "kernels", "model", "data", "parallel", "engine", "checkpoint", "train"),
+        "doctor",
     },
     "tools": {
         *("errors", "recipe", "plan", "kernels", "model", "data", "checkpoint", "doctor", "tools"),
@@ -34,7 +36,7 @@ ALLOWED = {
 """Part -> the parts it may import. The most specific entry counts, for the importer and for what it imports."""
 
 PURE = (
-    *("errors", "recipe", "plan", "model.presets", "data", "cli"),
+    *("errors", "recipe", "plan", "model.presets", "data", "cli", "engine.config"),
     *("parallel.stages", "parallel.schedule", "parallel.timeline"),
 )
 """These import neither torch nor deepspeed, so that planning, preparing and --help are quick."""
