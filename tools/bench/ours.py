@@ -43,6 +43,6 @@ def engine(recipe: Recipe) -> Step:
     def step(batches: list[tuple[Tensor, Tensor]]) -> float:
         total = zero.train_step([micro_batch(*batch) for batch in batches], mesh.zero_size / num_labels)
         zero.update(recipe.optimizer.learning_rate)
-        return float(total) * mesh.zero_size / num_labels
+        return float(total.sum()) * mesh.zero_size / num_labels
 
     return step
