@@ -4,6 +4,7 @@ Each function is one cure; docs/architecture.md lists them, tests/dist/ shows wh
 DeepSpeed 0.19.8: `check_version` refuses another, since a name that moved would give wrong gradients, not an error.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -47,6 +48,14 @@ def skip_shared_memory_op() -> None:
     `import deepspeed.comm.torch as x` would give torch itself (the package has an attribute of that name).
     """
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def skip_device_count() -> None:
+    """On the CPU DeepSpeed starts numactl at every reduction to count devices, unless LOCAL_SIZE tells it.
+
+    Its launcher sets LOCAL_SIZE, torchrun and srun do not. The count matters to quantised gradients only.
+    """
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def check_traces_within(group: ProcessGroup) -> None:

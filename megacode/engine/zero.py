@@ -34,6 +34,7 @@ def start_deepspeed() -> None:
     # DeepSpeed calls collectives by names that torch has renamed; its users can't mend that.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     private.skip_shared_memory_op()
+    private.skip_device_count()
     deepspeed.init_distributed(verbose=False)
 
 
