@@ -22,6 +22,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
 )
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -96,6 +97,17 @@ def start_backward(zero: Any) -> None:
 def own_the_trace(zero: Any) -> None:
     """ZeRO-3: record one trace of the whole step instead of one a forward, which 1F1B's order breaks every time."""
     zero.parameter_offload.fwd_pre_hook.remove()
+
+
+def gather_whole(model: nn.Module, kind: type[nn.Module]) -> None:
+    """ZeRO-3: gather a module of this kind at once, by hooks on it alone instead of on each of its parts.
+
+    A hooked module costs about 0.2 ms of a CPU core in a micro-batch. DeepSpeed would also hold back the gradients of
+    such a module until its backward has ended, and put zeros where `Fp32Gradients` has taken one away: that is for
+    experts without tokens, and left out.
+    """
+    set_z3_leaf_modules(model, [kind], raise_if_not_found=False)
+    stage3.z3_leaf_parameter = lambda parameter: False
 
 
 def start_trace(zero: Any) -> None:
