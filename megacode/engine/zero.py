@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megacode.engine import private
 from megacode.engine.config import deepspeed_config
 from megacode.model.layers import part_of
+from megacode.model.llama import Block
 from megacode.parallel.build import build_chunks
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.phases import measure
@@ -34,6 +35,7 @@ def start_deepspeed() -> None:
     # DeepSpeed calls collectives by names that torch has renamed; its users can't mend that.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     private.skip_shared_memory_op()
+    private.skip_device_count()
     deepspeed.init_distributed(verbose=False)
 
 
@@ -50,6 +52,7 @@ class ZeroEngine:
         for parameter in self.parameters.values():
             private.mark_norm_owner(parameter, part_of(parameter).dim is not None or mesh.tensor_rank == 0)
         private.check_traces_within(mesh.data_group)
+        private.gather_whole(chunks, Block)
         optimizer = adam(self.parameters.values(), recipe.optimizer)
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=chunks, optimizer=optimizer, config=config, mpu=mesh.mpu

@@ -6,7 +6,7 @@ A cure that a new DeepSpeed makes needless, or that no longer works, fails here.
 import json
 
 import pytest
-from support.training import deviation, parallel, recipe, reduced_elements, reference
+from support.training import deviation, fetches, parallel, recipe, reduced_elements, reference
 from support.world import CaseError
 
 from megacode.engine.config import deepspeed_config
@@ -74,6 +74,15 @@ def test_gathers_of_a_micro_batch(worlds):
     """gather: microbatch takes at most two gathers a micro-batch."""
     _, gathers = run(worlds(4), pipeline=2, zero=3, gather="microbatch", steps=4)
     assert 1 < max(gathers[1:]) <= 2 * 4
+
+
+def test_a_block_is_fetched_at_once(worlds):
+    """Hooks on every part of a block cost more than the block of a small model."""
+    config = recipe(parallel={"zero": 3}, batch={"global_samples": 8})
+    whole, parts = (max(worlds(2).run(fetches, config, without)) for without in ((), ("gather_whole",)))
+    # Forward and backward of 4 micro-batches fetch: the chunks, the model, the backbone, embedding, 4 blocks, norm, head.
+    assert whole == 2 * 4 * (6 + 4)
+    assert parts == 2 * 4 * (6 + 4 * 12)
 
 
 @pytest.mark.parametrize("zero", [2, 3])

@@ -251,6 +251,21 @@ def reduced_elements(config: Recipe) -> int:
     return total[0]
 
 
+def fetches(config: Recipe, without: tuple[str, ...]) -> int:
+    """How often ZeRO-3's hooks ask for the parameters of a module, on this rank in one step."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    fetch, calls = Coordinator.fetch_sub_module, Counter()
+
+    def counted(self: Any, module: Any, forward: bool) -> Any:
+        calls.update([self])
+        return fetch(self, module, forward=forward)
+
+    with mock.patch.object(Coordinator, "fetch_sub_module", counted):
+        parallel(config, 1, without=without)
+    return max(calls.values())  # a validation has a coordinator of its own, and forwards only
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -308,6 +323,7 @@ WITHOUT: dict[str, Any] = {
     "accumulation of 1": _divided_by_accumulation,
     "torch's Adam under offload": _forced_cpu_adam,
     "own_the_trace": lambda: ("megacode.engine.private.own_the_trace", _nothing),
+    "gather_whole": lambda: ("megacode.engine.private.gather_whole", _nothing),
     "zero.Init_group": _world_partitions,
     "clear_partitions": lambda: ("megacode.engine.private.clear_partitions", _nothing),
     "keep_leftovers": lambda: ("megacode.engine.private.keep_leftovers", lambda zero: _nothing),
