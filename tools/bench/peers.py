@@ -1,6 +1,6 @@
 """The peers: transformers' LlamaForCausalLM under DeepSpeed's ZeRO-3, under torch's FSDP2, and alone.
 
-Each is written as its users write it, with the settings that were fastest here; docs/benchmarks.md says which.
+Each is written as its users write it; docs/benchmarks.md lists the settings.
 """
 
 from __future__ import annotations

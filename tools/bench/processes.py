@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import logging
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "GLOO_SOCKET_IFNAME": "lo",
     "MASTER_ADDR": "127.0.0.1",
+    "OMP_NUM_THREADS": "1",  # while importing; each rank sets its own number
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -50,6 +52,19 @@ Serve = Callable[..., Callable[[str, int], Any]]
 """Arguments -> what answers (request, count)."""
 
 
+PRELOADED = ["torch.distributed.fsdp", "deepspeed", "transformers.models.llama.modeling_llama"]
+"""Imported once, and there in all processes: memory before the model is the same for all contestants."""
+
+
+@functools.cache
+def _context() -> Any:
+    """A server that has the libraries imported and forks the ranks: each would else take seconds to start."""
+    os.environ.update(ENVIRONMENT)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 class Team:
     """The processes that run a contestant, one a rank; they wait, without using a core, for their turn."""
 
@@ -59,15 +74,15 @@ class Team:
         """`serve(*arguments)` runs on every rank, in a process group of gloo; what it returns answers requests."""
         self.timeout_seconds = timeout_seconds
         self.workers: list[tuple[Any, Any]] = []
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for rank in range(processes):
             here, there = context.Pipe()
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-            environment = {**ENVIRONMENT, **{key: str(value) for key, value in places.items()}}
-            environment["OMP_NUM_THREADS"] = str(threads)
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_SIZE": processes}
+            places["MASTER_PORT"] = port
+            environment = {key: str(value) for key, value in places.items()}
             inherited = (there, environment, threads, timeout_seconds, serve, arguments)
             process = context.Process(target=_worker, args=inherited, daemon=True)
             process.start()
@@ -162,12 +177,9 @@ def _worker(
 
 
 def _start(threads: int) -> None:
-    """Import what any contestant imports, so that memory before the model is the same for all; join the group."""
-    import deepspeed  # noqa: F401
+    """Join the process group."""
     import torch
     import torch.distributed as dist
-    import torch.distributed.fsdp
-    from transformers import LlamaForCausalLM  # noqa: F401
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(threads)

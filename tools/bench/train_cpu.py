@@ -22,7 +22,7 @@ from megacode.tools.bench.processes import Memory, Team, contestant
 LOSS_TOLERANCE = 1e-4
 """Largest relative difference of the first steps' losses between contestants: beyond it they do not train the same."""
 COMPARED_STEPS = 3
-OVERHEAD_REPETITIONS = 30
+OVERHEAD_REPETITIONS = 10
 ANSWER_SECONDS = 180.0
 """A team that answers later has hung."""
 
