@@ -33,7 +33,7 @@ CASES = [
 
 
 def case_recipe(folder, world_size, precision, parallel, num_micro_batches):
-    """A million parameters and 256 tokens a micro-batch; five layers, so that stages are uneven."""
+    """Some million parameters and 256 tokens a micro-batch; five layers, so that stages are uneven."""
     config = folder / "deepspeed.json"
     zero = {"reduce_bucket_size": BUCKET_ELEMENTS, "stage3_prefetch_bucket_size": BUCKET_ELEMENTS}
     config.write_text(json.dumps({"zero_optimization": zero}))

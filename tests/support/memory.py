@@ -64,10 +64,10 @@ def live_bytes(config: Recipe) -> dict[str, int]:
     layout = fit(config, dist.get_world_size())
     mesh = _mesh(meshes.build_mesh, layout.pipeline, layout.data, layout.tensor)
     size, ranks = config.batch.micro_samples, mesh.zero_size
+    tokens, labels = samples(config, 0)
     batches = []
     for m in range(layout.num_micro_batches):
         first = (m * ranks + mesh.zero_rank) * size
-        tokens, labels = samples(config, 0)
         batches.append(micro_batch(config, tokens[first : first + size], labels[first : first + size]))
     found = {}
     with LiveBytes() as live:
