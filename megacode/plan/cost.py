@@ -66,7 +66,9 @@ class Cost:
     job: Job
     hardware: Hardware
     overlap: float = 0.0
-    """Share of the tensor ranks' exchanges that computation hides (ours: none), and whether data ranks' are hidden."""
+    """Share of the tensor ranks' exchanges that computation hides; above 0, data ranks' are hidden as far as a
+    micro-batch's computation lasts. Nothing is hidden in ours: tensor ranks wait, and published step times of ZeRO-3
+    show less hiding than none (docs/plan.md)."""
 
     @cached_property
     def _work(self) -> list[tuple[Seconds, Seconds]]:
@@ -216,15 +218,14 @@ class Cost:
         once = (layout.data - 1) / layout.data * size / self._bus(layout.data, layout.tensor)
         forward, backward = (part.total for part in self._work[rank])
         reduction = once if job.zero == 3 or job.shape.megatron else 2 * once
-        if job.reduce == "step":
-            reduced = max(0.0, reduction - backward) if self.overlap else reduction
-        else:
-            reduced = layout.num_micro_batches * (max(0.0, reduction - backward) if job.overlap_comm else reduction)
-        if job.zero < 3:
-            return reduced + (max(0.0, once - forward) if self.overlap else once)
-        if job.gather == "step":
-            return reduced + max(0.0, once - forward)
-        return reduced + layout.num_micro_batches * (max(0.0, once - forward) + max(0.0, once - backward))
+        batches = layout.num_micro_batches
+        seconds = self._exposed(reduction, backward) * (1 if job.reduce == "step" else batches)
+        if job.zero == 3 and job.gather == "microbatch":
+            return seconds + batches * (self._exposed(once, forward) + self._exposed(once, backward))
+        return seconds + self._exposed(once, forward)
+
+    def _exposed(self, exchange: float, computation: float) -> float:
+        return max(0.0, exchange - computation) if self.overlap else exchange
 
     def exchanges(self) -> list[Exchange]:
         """What one device of the slowest pipeline rank sends in a step, by kind; formulas of docs/plan.md."""

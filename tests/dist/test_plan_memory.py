@@ -16,11 +16,9 @@ CASES = [
     (1, "fp32", {"zero": 2}, 4),
     (1, "bf16", {"zero": 1}, 4),
     (1, "bf16", {"zero": 3}, 4),
-    (2, "fp32", {"zero": 1}, 4),
     (2, "fp32", {"zero": 3, "gather": "microbatch"}, 4),
     (2, "bf16", {"zero": 2}, 4),
-    (2, "bf16", {"zero": 2, "reduce": "step"}, 4),
-    (2, "bf16", {"zero": 3}, 4),
+    (2, "bf16", {"zero": 1}, 4),
     (2, "bf16", {"zero": 3, "reduce": "step"}, 4),
     (2, "fp32", {"tensor": 2}, 4),
     (2, "bf16", {"tensor": 2}, 4),
@@ -35,7 +33,7 @@ CASES = [
 
 
 def case_recipe(folder, world_size, precision, parallel, num_micro_batches):
-    """A million parameters and 256 tokens a micro-batch; five layers, so that stages are uneven."""
+    """Some million parameters and 256 tokens a micro-batch; five layers, so that stages are uneven."""
     config = folder / "deepspeed.json"
     zero = {"reduce_bucket_size": BUCKET_ELEMENTS, "stage3_prefetch_bucket_size": BUCKET_ELEMENTS}
     config.write_text(json.dumps({"zero_optimization": zero}))

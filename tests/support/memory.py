@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from typing import Any
 
 import torch
@@ -51,28 +52,29 @@ class LiveBytes(TorchDispatchMode):
         return self.upper
 
 
-def live_bytes(config: Recipe, steps: int = 3) -> dict[str, int]:
+def live_bytes(config: Recipe) -> dict[str, int]:
     """This rank's live bytes: what lies there when the last step begins (`static`), and at the worst moments of its
-    schedule and of its update. DeepSpeed's trace of ZeRO-3 is complete from the third step on.
+    schedule and of its update.
     """
     from megacode.engine.zero import ZeroEngine, start_deepspeed
     from megacode.parallel import mesh as meshes
 
+    importlib.import_module("torch._dynamo")  # zero.Init imports it while torch.Tensor is patched, which it refuses
     start_deepspeed()
     layout = fit(config, dist.get_world_size())
     mesh = _mesh(meshes.build_mesh, layout.pipeline, layout.data, layout.tensor)
     size, ranks = config.batch.micro_samples, mesh.zero_size
+    tokens, labels = samples(config, 0)
     batches = []
     for m in range(layout.num_micro_batches):
         first = (m * ranks + mesh.zero_rank) * size
-        tokens, labels = samples(config, 0)
         batches.append(micro_batch(config, tokens[first : first + size], labels[first : first + size]))
     found = {}
     with LiveBytes() as live:
         engine = ZeroEngine(config, layout, mesh, torch.device("cpu"))
         for name, parameter in engine.parameters.items():
             engine.write(name, part_of(parameter).take(initial_values(name, part_of(parameter), SEED)))
-        for _ in range(steps):
+        for _ in range(3 if config.parallel.zero == 3 else 2):  # ZeRO-3's trace is complete from the third step on
             gc.collect()
             found["static"] = live.peak = live.count()
             engine.train_step(batches, 1e-3)

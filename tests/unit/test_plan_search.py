@@ -1,0 +1,191 @@
+"""`megacode plan`: verdicts, the search, the written recipe, and what it never imports."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from megacode import recipe as recipes
+from megacode.cli import app
+from megacode.errors import UserError
+from megacode.parallel.schedule import one_f_one_b
+from megacode.plan.cost import Cost
+from megacode.plan.hardware import HARDWARE
+from megacode.plan.layout import fit
+from megacode.plan.memory import memory, recipe_job, stage_memory, worst_stage
+from megacode.plan.search import GIB, apply, mend, search
+
+H100 = HARDWARE["H100"]
+
+
+def big(**sections):
+    """Code Llama 34B on sequences of 4,096 tokens, 64 a step."""
+    values = {
+        "run": "unused",
+        "model": {"preset": "code-llama-34b"},
+        "tokenizer": {"path": "unused"},
+        "data": {"train": "unused"},
+        "batch": {"global_samples": 64, "micro_samples": 1, "sequence_length": 4096},
+        "optimizer": {"learning_rate": 3e-4},
+        "schedule": {"steps": 2000},
+    }
+    for key, value in sections.items():
+        values[key] = {**values.get(key, {}), **value}
+    return recipes.Recipe.model_validate(values)
+
+
+def write(path, **sections):
+    config = big(**sections)
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return config
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+def test_stages_differ_by_what_they_hold():
+    """Micro-batches in flight fall from stage to stage; embedding, head and logits stand at the ends only."""
+    config = big(parallel={"tensor": 8, "pipeline": 4})
+    stages = stage_memory(config, fit(config, 32))
+    assert [stage.in_flight for stage in stages] == [4, 3, 2, 1]
+    assert [stage.logits_bytes > 0 for stage in stages[:3]] == [False] * 3
+    assert stages[0].parameters_bytes - stages[1].parameters_bytes == 2 * 4000 * 8192
+    activations = [stage.activations_bytes for stage in stages[:3]]
+    assert activations == sorted(activations, reverse=True)
+
+
+def test_the_search_agrees_with_all_stages():
+    """`worst_stage` leaves ranks out; uneven layers must not fool it."""
+    for tensor, pipeline, virtual in ((1, 7, 1), (2, 5, 2), (8, 8, 1), (4, 16, 2)):
+        for zero in (1, 2, 3):
+            parallel = {"tensor": tensor, "pipeline": pipeline, "virtual_stages": virtual, "zero": zero}
+            config = big(parallel=parallel, batch={"global_samples": 560})
+            job = recipe_job(config, fit(config, tensor * pipeline))
+            assert worst_stage(job).total_bytes == max(stage.total_bytes for stage in memory(job))
+
+
+@pytest.mark.parametrize(("pipeline", "virtual", "batches"), [(4, 1, 8), (4, 1, 2), (8, 1, 64), (4, 2, 8), (4, 4, 16)])
+def test_the_bubble_is_that_of_the_schedule(pipeline, virtual, batches):
+    """Against a clock that runs one_f_one_b's own lists, with equal stages and backwards that take twice as long."""
+    free = replace(H100, link_gb_per_second=1e12, network_gb_per_second=1e12)
+    config = big(parallel={"pipeline": pipeline, "virtual_stages": virtual}, batch={"global_samples": batches})
+    cost = Cost(recipe_job(config, fit(config, pipeline)), free)
+    idle = cost._bubble_seconds / sum((f + b).total for f, b in cost._work) * pipeline / batches
+    assert idle == pytest.approx(simulated_bubble(pipeline, virtual, batches), rel=0.1)
+
+
+def simulated_bubble(pipeline, virtual, batches):
+    """Idle over busy time of the first rank."""
+    lists = [one_f_one_b(pipeline, rank, batches, virtual) for rank in range(pipeline)]
+    clock, place, done = [0.0] * pipeline, [0] * pipeline, {}
+    stages = pipeline * virtual
+    while any(place[rank] < len(lists[rank]) for rank in range(pipeline)):
+        for rank in range(pipeline):
+            while place[rank] < len(lists[rank]):
+                operation = lists[rank][place[rank]]
+                stage, kind = operation.chunk * pipeline + rank, operation.kind
+                before = (kind, stage - 1 if kind == "forward" else stage + 1, operation.micro_batch)
+                first = stage == (0 if kind == "forward" else stages - 1)
+                if not first and before not in done:
+                    break
+                start = max(clock[rank], 0.0 if first else done[before])
+                clock[rank] = start + (1.0 if kind == "forward" else 2.0)
+                done[kind, stage, operation.micro_batch] = clock[rank]
+                place[rank] += 1
+    busy = 3.0 * batches * virtual
+    return (max(clock) - busy) / busy
+
+
+def test_the_search_ranks_what_fits_and_says_why_the_rest_does_not():
+    found = search(big(), 64, 76 * GIB, H100)
+    seconds = [choice.cost.seconds.total for choice in found.fitting]
+    assert seconds == sorted(seconds)
+    assert all(choice.worst.total_bytes <= 76 * GIB for choice in found.fitting)
+    reasons = [one.reason for one in found.rejected.values()]
+    assert any("model.kv_heads (8) can't be split over parallel.tensor (16)" in reason for reason in reasons)
+    needs = [one for one in found.rejected.values() if "GiB on stage" in one.reason]
+    assert needs
+    assert all(one.needs_bytes > 76 * GIB for one in needs)
+
+
+def test_every_proposal_is_a_recipe():
+    config = big()
+    for choice in search(config, 64, 76 * GIB, H100).fitting:
+        changed = apply(config, choice.changes)
+        assert recipes.Recipe.model_validate(changed.model_dump()) == changed
+        fit(changed, 64)
+
+
+def test_a_mend_that_is_enough_is_named():
+    config = big(parallel={"tensor": 8, "pipeline": 4}, batch={"micro_samples": 2})
+    assert max(stage.total_bytes for stage in stage_memory(config, fit(config, 64))) > 50 * GIB
+    assert mend(config, 64, 50 * GIB).startswith("set micro_samples 1 (")
+
+
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write(tmp_path / "mine.yaml", parallel={"tensor": 8, "pipeline": 4})
+    done = run("mine.yaml", "--gpus", 64, "--memory-gib", 76, "--json", "plan.json")
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("fits: stage 0 needs ")
+    report = json.loads((tmp_path / "plan.json").read_text())["own"]
+    planned = stage_memory(config, fit(config, 64))
+    assert [row["total_gib"] for row in report["stages"]] == [stage.total_bytes / GIB for stage in planned]
+    assert report["step_seconds"] == pytest.approx(sum(report["parts_seconds"].values()))
+    small = run("mine.yaml", "--gpus", 64, "--memory-gib", 10)
+    assert small.exit_code == 1
+    assert small.output.startswith("does not fit: stage 0 needs ")
+
+
+def test_the_winner_is_written_as_a_recipe(tmp_path):
+    """In another folder, over overrides: it must load, fit, and say only what differs."""
+    (tmp_path / "recipes").mkdir()
+    base, file = tmp_path / "recipes" / "mine.yaml", tmp_path / "fast.yaml"
+    write(base)
+    done = run(base, "--gpus", 64, "--memory-gib", 76, "--write", file, "optimizer.clip=0.25")
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("does not fit: ")
+    said = yaml.safe_load(file.read_text())
+    assert said.pop("base") == "recipes/mine.yaml"
+    assert said.pop("optimizer") == {"clip": 0.25}
+    assert set(said) <= {"parallel", "batch"}
+    config = recipes.load(file)
+    assert max(stage.total_bytes for stage in stage_memory(config, fit(config, 64))) <= 76 * GIB
+
+
+def test_bad_use_is_refused_with_the_mend(tmp_path):
+    base = tmp_path / "mine.yaml"
+    write(base)
+    for arguments, message in (
+        (["model.vocabulary=null"], r"model\.vocabulary is left to the tokenizer"),
+        (["--efficiency", "0"], r"--efficiency must be above 0"),
+        (["parallel.tensor=3"], r"processes can't be shared"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CliRunner().invoke(app, ["plan", str(base), "--gpus", "64", *arguments], catch_exceptions=False)
+    assert run(base, "--gpus", 64, "--search", "parallel.tensor=3").exit_code == 0
+
+
+def test_offload_moves_state_to_the_host():
+    config = big(parallel={"zero": 3})
+    job = recipe_job(config, fit(config, 64))
+    here, away = worst_stage(job), worst_stage(replace(job, offload="all"))
+    assert away.optimizer_bytes == 0
+    assert away.host_bytes >= here.optimizer_bytes
+    assert away.total_bytes < here.total_bytes
+
+
+def test_planning_imports_no_torch(tmp_path):
+    write(tmp_path / "mine.yaml")
+    code = (
+        "import sys; from megacode.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "plan", str(tmp_path / "mine.yaml"), "--gpus", "64", "--search"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
