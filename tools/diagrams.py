@@ -68,7 +68,7 @@ def layout_svg(layout: Layout, hosts: Mapping[str, int]) -> str:
         right += 14
     for data in range(replicas):
         start = left + data * (layout.tensor * cell + gap)
-        parts.append(label(start, 16, f"data rank {data} of {layout.data:,}", class_="title"))
+        parts.append(label(start, 16, _data_text(layout, data, layout.tensor * cell), class_="title"))
         parts += _columns(layout, start, cell)
         for pipeline in range(layout.pipeline):
             for tensor in range(layout.tensor):
@@ -86,9 +86,15 @@ def layout_svg(layout: Layout, hosts: Mapping[str, int]) -> str:
     return picture(WIDTH, height, description, *parts, class_="chart layout")
 
 
+def _data_text(layout: Layout, data: int, width: float) -> str:
+    if drawn_replicas(layout) == 1:
+        return f"data rank {data} of {layout.data:,}"
+    return f"data {data}" if width >= 50 else f"d{data}"
+
+
 def _columns(layout: Layout, start: float, cell: float) -> list[str]:
     if cell < 24:
-        return [label(start, 36, f"tensor 0\N{EN DASH}{layout.tensor - 1}")]
+        return [label(start, 36, f"tensor 0\N{EN DASH}{layout.tensor - 1}")] if layout.tensor > 1 else []
     text = "tensor {}" if cell >= 60 else "t{}"
     return [label(start + (t + 0.5) * cell, 36, text.format(t), "middle") for t in range(layout.tensor)]
 

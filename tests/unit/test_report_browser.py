@@ -55,6 +55,10 @@ const result = {
   outside: svgs.flatMap(s => { const b = box(s); return [...s.querySelectorAll("text")].filter(t => { const c = box(t);
     return Math.min(c.x - b.x, c.y - b.y, b.x + b.width - c.x - c.width, b.y + b.height - c.y - c.height) < -1; })
     .map(t => t.textContent); }),
+  overlaps: svgs.flatMap(s => { const all = [...s.querySelectorAll("text")].map(t => [box(t), t.textContent]);
+    return all.flatMap(([b, one], i) => all.slice(i + 1).filter(([c]) =>
+      b.x + b.width > c.x + 1 && c.x + c.width > b.x + 1 && b.y + b.height > c.y + 3 && c.y + c.height > b.y + 3)
+      .map(([, other]) => one + " | " + other)); }),
   lines: figures.map(f => { const p = f.querySelector(".plot").getBBox();
     return [...f.querySelectorAll(".chart .line, .chart .band, .chart circle.dot")].map(e => { const b = e.getBBox();
       const circle = e.tagName === "circle";
@@ -92,6 +96,8 @@ def pages(tmp_path_factory):
         },
         "long": {"steps": 3000, "sources": twelve, "layout": (16, 8, 8), "micro_samples": 1, "per_host": 8},
         "single": {"steps": 1, "planned": 2, "phases": False},
+        "flat": {"steps": 3, "layout": (2, 16, 1), "micro_samples": 1, "sources": ["a", "b"]},
+        "deep": {"steps": 12, "layout": (32, 2, 1), "micro_samples": 1, "sources": ["a", "b"]},
     }  # fmt: skip
     for name, how in runs.items():
         write_run(folder / name, **how)
@@ -120,7 +126,9 @@ def measure(tmp_path_factory, pages):
     return measured
 
 
-PAGES = pytest.mark.parametrize(("name", "num_pictures"), [("failed", 13), ("long", 13), ("single", 12)])
+PAGES = pytest.mark.parametrize(
+    ("name", "num_pictures"), [("failed", 13), ("long", 13), ("single", 12), ("flat", 13), ("deep", 13)]
+)
 
 
 @PAGES
@@ -139,6 +147,7 @@ def test_the_page_is_drawn(measure, name, num_pictures):
         assert svg["label"]
     assert result["overflow"] <= 0
     assert result["outside"] == []
+    assert result["overlaps"] == []
 
 
 @PAGES

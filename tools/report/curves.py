@@ -10,7 +10,7 @@ Key = tuple[str, ...]
 MOST_BINS = 1000
 
 
-@dataclass
+@dataclass(slots=True)
 class Bin:
     """What is known of one value over the steps of a bin."""
 
@@ -18,6 +18,15 @@ class Bin:
     total: float
     low: float
     high: float
+
+    def add(self, value: float) -> None:
+        """Take in a step's value."""
+        self.count += 1
+        self.total += value
+        if value < self.low:
+            self.low = value
+        elif value > self.high:
+            self.high = value
 
     def merge(self, other: "Bin") -> None:
         """Take in the values of another bin."""
@@ -47,8 +56,13 @@ class Curves:
         first, last = self._steps.get(index, (step, step))
         self._steps[index] = min(first, step), max(last, step)
         for key, value in values.items():
-            if value is not None:
-                self._put(self._bins.setdefault(key, {}), index, Bin(1, value, value, value))
+            if value is None:
+                continue
+            bins = self._bins.setdefault(key, {})
+            if index in bins:
+                bins[index].add(value)
+            else:
+                bins[index] = Bin(1, value, value, value)
         if len(self._steps) > self.most:
             self._halve()
 
@@ -86,13 +100,6 @@ class Curves:
         count = sum(b.count for b in bins)
         return sum(b.total for b in bins) / count if count else None
 
-    @staticmethod
-    def _put(bins: dict[int, Bin], index: int, new: Bin) -> None:
-        if index in bins:
-            bins[index].merge(new)
-        else:
-            bins[index] = new
-
     def _halve(self) -> None:
         self.width *= 2
         steps: dict[int, tuple[int, int]] = {}
@@ -103,5 +110,8 @@ class Curves:
         for key, old in self._bins.items():
             merged: dict[int, Bin] = {}
             for index, found in old.items():
-                self._put(merged, index // 2, found)
+                if index // 2 in merged:
+                    merged[index // 2].merge(found)
+                else:
+                    merged[index // 2] = found
             self._bins[key] = merged

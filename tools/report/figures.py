@@ -19,6 +19,7 @@ from megacode.tools.report.curves import Key
 from megacode.tools.report.run import Run, layout_of, number
 
 MOST_BARS = 60
+MOST_DOTS = 100
 GIB = 2**30
 DASH = "\N{EN DASH}"
 
@@ -38,7 +39,8 @@ def _binned(run: Run) -> str:
 
 def loss(run: Run) -> str:
     """Training, plain, infilled and validation loss; loss by source."""
-    validation = Series("validation", run.metrics.validation.points(("validation_loss",)), 1, dots=True, band=False)
+    points = run.metrics.validation.points(("validation_loss",))
+    validation = Series("validation", points, 1, dots=len(points) <= MOST_DOTS, band=False)
     overall = curves_figure(
         "Training and validation loss",
         [_series(run, ("loss",), "training"), validation],
@@ -132,7 +134,8 @@ def _phases(run: Run) -> str:
         tag("li", swatch(style, filled=True), escape(f"{name} {duration(mean)}, {mean / (sum(means) or 1):.1%}"))
         for style, (name, mean) in enumerate(zip(names, means, strict=True))
     ]
-    return figure("Phases of a step", svg, "means of neighbouring steps", tag("ul", *items, class_="legend"))
+    note = "means of neighbouring steps" if len(bars) < run.metrics.num_steps else ""
+    return figure("Phases of a step", svg, note, tag("ul", *items, class_="legend"))
 
 
 def mixture(run: Run) -> str:

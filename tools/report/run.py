@@ -24,8 +24,7 @@ GROUPED = ("loss_by_source", "phases")
 
 def number(value: Any) -> float | None:
     """A finite number of a file, else None: null, NaN, text, true."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
 
 
 @dataclass

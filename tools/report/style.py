@@ -50,7 +50,7 @@ svg.chart:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 svg .title, svg .number { fill: var(--ink); }
 .plot { fill: none; } .grid { stroke: var(--hair); } .axis { stroke: var(--soft); }
-.mark { stroke: var(--soft); stroke-dasharray: 2 3; } .cursor { stroke: var(--ink); stroke-width: 1; }
+.mark { stroke: var(--soft); stroke-dasharray: 2 3; opacity: .7; } .cursor { stroke: var(--ink); stroke-width: 1; }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
 .c4 { --c: var(--c4); } .c5 { --c: var(--c5); }
 .line { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round; }
