@@ -102,6 +102,27 @@ def test_a_small_shared_memory_matters_on_gpus_only():
     assert "--shm-size" in machine.check_shared_memory(cuda=True, size_bytes=container).mend
 
 
+def test_low_limits_matter_on_gpus_only(monkeypatch):
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (1024, 1024))
+    assert set(states(machine.check_limits(cuda=False)).values()) == {"ok"}
+    assert states(machine.check_limits(cuda=True)) == {"ulimit memlock": "missing", "ulimit nofile": "missing"}
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (machine.resource.RLIM_INFINITY, 0))
+    assert states(machine.check_limits(cuda=True))["ulimit memlock"] == "ok"
+
+
+def test_a_compiler_is_needed_on_gpus_only(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    on_cpu, on_gpu = ({f.name: f for f in machine.check_compilers(cuda)} for cuda in (False, True))
+    assert all(finding.mend is None and "not needed" in finding.text for finding in on_cpu.values())
+    assert [name for name, finding in on_gpu.items() if finding.mend] == ["gcc"]
+
+
+def test_a_gpu_needs_nccl(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert machine.check_nccl(cuda=False).state == "skipped"
+    assert machine.check_nccl(cuda=True).state == "WRONG"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "state"),
     [
