@@ -161,8 +161,10 @@ def _between(value: float, low: float, high: float) -> float:
 
 def _widen(low: float, high: float, share: float = 0.04) -> tuple[float, float]:
     """A range that is not empty, with a little air."""
+    if low == high == 0:
+        return 0.0, 1.0
     if low == high:
-        share, high, low = 0.0, high + (abs(high) or 1) * 0.1, low - (abs(low) or 1) * 0.1
+        share, high, low = 0.0, high + abs(high) * 0.1, low - abs(low) * 0.1
     air = (high - low) * share
     return low - air if low < 0 or low > air else 0.0, high + air
 

@@ -17,6 +17,7 @@ def curves_figure(
     from_zero: bool = False, marks: Sequence[float] = (),
 ) -> str:  # fmt: skip
     """A figure of curves; where nothing is known, a line that says so."""
+    several = len(series) > 1
     series = [curve for curve in series if curve.known]
     if not series:
         return f"<p>{escape(title)}: not recorded.</p>"
@@ -37,7 +38,7 @@ def curves_figure(
         "high": axes.x_range[1],
         "series": [_data(curve) for curve in series],
     }
-    return figure(title, svg, note, legend(series) if len(series) > 1 else "", embed(data))
+    return figure(title, svg, note, legend(series) if several else "", embed(data))
 
 
 def _data(curve: Series) -> dict[str, Any]:

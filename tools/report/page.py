@@ -99,7 +99,7 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
         ("wall time", duration(wall), num_starts),
         ("time in steps", duration(metrics.step_seconds or None), ""),
         (
-            "tokens/s, mean",
+            "tokens/s, mean of steps",
             "\N{EN DASH}" if speed is None else f"{speed:,.0f}",
             "" if mfu is None else f"MFU {mfu:.1%}",
         ),

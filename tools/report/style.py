@@ -82,7 +82,7 @@ footer { margin-top: 44px; padding-bottom: 40px; font-size: 13px; color: var(--s
     --good: #14694b; --bad: #a8291b; --wait: #7a5a00; --link: #1b5e9b;
     --c0: #1b5e9b; --c1: #bf4f06; --c2: #11795a; --c3: #923482; --c4: #806400; --c5: #58626e;
     --forward: #abcbea; --backward: #f2c79c; }
-  * { print-color-adjust: exact; } nav { display: none; } h2 { break-after: avoid; } body { font-size: 12px; }
+  * { print-color-adjust: exact; } nav, .readout { display: none; } h2, h2 + p { break-after: avoid; }
   details::details-content { content-visibility: visible; }
 }
 """
