@@ -161,7 +161,7 @@ class Trainer:
         if faults.non_finite == "stop":
             raise FloatingPointError(f"{text}; {mend}")
         if self.skips_in_a_row >= faults.skips_in_a_row:
-            raise FloatingPointError(f"{text}, the {self.skips_in_a_row}th in a row (faults.skips_in_a_row); {mend}")
+            raise FloatingPointError(f"{text}, and so {self.skips_in_a_row} in a row (faults.skips_in_a_row); {mend}")
 
     def validate(self) -> None:
         """Mean loss over the validation set, or as much of it as the recipe says, in batches of a step's size."""

@@ -170,8 +170,8 @@ class Run:
         first = metrics.fail_status(self.folder, rank, message, store.newest(self.folder))
         if self.journal is not None:
             self.journal.close()
-        if first is not None:
-            print(f"rank {rank} ends, since rank {first['rank']} failed", file=sys.stderr, flush=True)
+        if not first:
+            print(f"rank {rank} ends, since another rank failed", file=sys.stderr, flush=True)
         else:
             print(f"rank {rank} failed: {message}" + (f"\n{trace}" if trace else ""), file=sys.stderr, flush=True)
             metrics.append_event(self.folder, event, self.step, message, rank=rank)
@@ -213,7 +213,7 @@ def _make_run_folder(run: Path, place: Place) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         if place.rank == 0:
-            metrics.write_status(run, "running")
+            metrics.begin_status(run)
     except OSError as error:
         raise UserError(f"run: cannot write the folder {run}: {error.strerror}; mend that or name another") from None
 

@@ -21,6 +21,9 @@ from megacode.plan.layout import Layout
 from megacode.plan.model import num_parameters
 from megacode.recipe import Recipe
 
+FAILED = ".failed"
+"""Made in the run folder by the first rank that fails: only one can make it."""
+
 PACKAGES = ("megacode", "torch", "deepspeed", "triton", "numpy", "flash-attn")
 
 
@@ -123,14 +126,21 @@ def read_status(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def fail_status(run: Path, rank: int, message: str, checkpoint: Path | None) -> dict[str, Any] | None:
+def begin_status(run: Path) -> None:
+    """Say that the run is running, and that no rank has failed yet."""
+    (run / FAILED).unlink(missing_ok=True)
+    write_status(run, "running")
+
+
+def fail_status(run: Path, rank: int, message: str, checkpoint: Path | None) -> bool:
     """Say that the run failed, unless another rank has: its reason came first, and this one may follow from it.
 
     Returns:
-        The status that another rank has written, or None.
+        Whether this rank is the first.
     """
-    status = read_status(run)
-    if status.get("outcome") == "failed":
-        return status
+    try:
+        (run / FAILED).touch(exist_ok=False)
+    except FileExistsError:
+        return False
     write_status(run, "failed", rank=rank, message=message, checkpoint=checkpoint and str(checkpoint))
-    return None
+    return True

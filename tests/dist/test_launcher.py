@@ -216,10 +216,10 @@ def test_steps_that_are_not_finite_are_left_out_and_named_until_they_are_too_man
     changes = ["optimizer.learning_rate=1e30", "optimizer.clip=0", "schedule.warmup_steps=0"]
     done = launch(recipe, f"run={run}", *changes, "faults.non_finite=skip", "faults.skips_in_a_row=3", processes=2)
     assert done.returncode not in (0, 2)
-    assert "the 3th in a row (faults.skips_in_a_row)" in status(run)["message"]
-    skips = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in skips] == ["skip"] * 3
-    for event in skips:
+    assert "and so 3 in a row (faults.skips_in_a_row)" in status(run)["message"]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["skip"] * 3 + ["failure"]
+    for event in events[:3]:
         assert (event["first_sample"], event["num_samples"], event["policy"]) == (8 * (event["step"] - 1), 8, "skip")
     assert [line["skipped"] for line in metrics(run)] == [False, True, True, True]
 
