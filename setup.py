@@ -23,6 +23,7 @@ setup(
         "sentencepiece>=0.2.3",
         "protobuf",
         "numpy",
+        "packaging",
         "pydantic>=2.10",
         "pyyaml",
         "typer",

@@ -294,10 +294,15 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no recipe: it must be a YAML mapping with the sections model, data, batch, ...")
     base = values.pop("base", None)
-    values = {key: value for key, value in values.items() if value is not None}  # a section left empty
+    values = {key: {} if value is None and _is_section(key) else value for key, value in values.items()}  # left empty
     if base is None:
         return values
     return _merge(_read(path.parent / str(base), (*seen, path.resolve())), values)
+
+
+def _is_section(key: str) -> bool:
+    field = Recipe.model_fields.get(key)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

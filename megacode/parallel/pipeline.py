@@ -1,5 +1,6 @@
 """Runs a schedule: receives, forward or backward, sends."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,51 @@ class _Seed(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, one: Tensor) -> tuple[Tensor, None]:
         (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad, None
+
+
+class _Sends:
+    """What has been sent and may still be on its way: the tensors must live until it is there.
+
+    Nobody asks the backend (gloo would not say): a neighbour that sends the result of an operation has received what
+    that operation and all before it take, and its list of operations is known. So a send is let go of as soon as
+    something comes back that the neighbour did not do before.
+    """
+
+    def __init__(self, mesh: Mesh, num_micro_batches: int, virtual_stages: int, backwards: bool) -> None:
+        self.mesh = mesh
+        self._positions: dict[int, dict[Operation, int]] = {}
+        for rank in {(mesh.pipeline_rank + step) % mesh.pipeline for step in (-1, 1)}:
+            done = (
+                one_f_one_b(mesh.pipeline, rank, num_micro_batches, virtual_stages)
+                if backwards
+                else forwards_only(mesh.pipeline, num_micro_batches, virtual_stages)
+            )
+            self._positions[rank] = {operation: number for number, operation in enumerate(done)}
+        self._pending: dict[int, deque[tuple[int, dist.Work, Tensor]]] = {rank: deque() for rank in self._positions}
+
+    def _neighbour(self, operation: Operation, step: int) -> tuple[int, int]:
+        """(pipeline rank, number in its list) of the same micro-batch's operation, `step` stages further."""
+        stage = operation.chunk * self.mesh.pipeline + self.mesh.pipeline_rank + step
+        chunk, rank = divmod(stage, self.mesh.pipeline)
+        return rank, self._positions[rank][Operation(operation.kind, chunk, operation.micro_batch)]
+
+    def add(self, operation: Operation, work: dist.Work, tensor: Tensor) -> None:
+        """The result of an operation has been sent."""
+        rank, number = self._neighbour(operation, 1 if operation.kind == "forward" else -1)
+        self._pending[rank].append((number, work, tensor))
+
+    def received(self, operation: Operation) -> None:
+        """What an operation takes has come."""
+        rank, done = self._neighbour(operation, -1 if operation.kind == "forward" else 1)
+        pending = self._pending[rank]
+        while pending and pending[0][0] <= done:
+            pending.popleft()[1].wait()
+
+    def wait(self) -> None:
+        """Until all is there."""
+        for pending in self._pending.values():
+            while pending:
+                pending.popleft()[1].wait()
 
 
 class Pipeline:
@@ -101,14 +147,15 @@ class Pipeline:
     ) -> Tensor:
         held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         total = torch.zeros(self.num_groups, dtype=torch.float32, device=self.device)
-        pending: list[tuple[dist.Work, Tensor]] = []
         last_backward = max((i for i, o in enumerate(operations) if o.kind == "backward"), default=-1)
         keep_graph = last_backward >= 0
-        received, work = self._exchange(None, operations[0], batches, pending)
+        sends = _Sends(self.mesh, len(batches), self.virtual_stages, backwards=keep_graph)
+        received, work = self._exchange(None, operations[0], batches, sends)
         for number, operation in enumerate(operations):
             if work is not None:
                 with measure("communication"):
                     work.wait()
+                    sends.received(operation)
             stage, key = self._stage(operation), (operation.chunk, operation.micro_batch)
             batch = batches[operation.micro_batch]
             last_stage = stage == self.num_stages - 1
@@ -130,12 +177,9 @@ class Pipeline:
                     backward(scalar, number == last_backward)
                 send = x.grad if stage > 0 else None
             following = operations[number + 1] if number + 1 < len(operations) else None
-            received, work = self._exchange(
-                (operation, send) if send is not None else None, following, batches, pending
-            )
+            received, work = self._exchange((operation, send) if send is not None else None, following, batches, sends)
         with measure("communication"):
-            for handle, _ in pending:
-                handle.wait()
+            sends.wait()
         return total
 
     def _by_group(self, losses: Tensor, batch: MicroBatch) -> Tensor:
@@ -150,13 +194,12 @@ class Pipeline:
         sent: tuple[Operation, Tensor] | None,
         following: Operation | None,
         batches: Sequence[MicroBatch],
-        pending: list[tuple[dist.Work, Tensor]],
+        sends: _Sends,
     ) -> tuple[Tensor | None, dist.Work | None]:
         """Send one result and start receiving the next operation's input.
 
-        Sends stay in `pending`, with their tensors, until the end of the schedule: nothing here waits. Each direction
-        between two ranks has a group of its own, and the schedules send and receive in it in the same order, which is
-        what NCCL goes by; gloo goes by the tags.
+        Nothing here waits. Each direction between two ranks has a group of its own, and the schedules send and receive
+        in it in the same order, which is what NCCL goes by; gloo goes by the tags.
         """
         if sent is not None:
             operation, tensor = sent
@@ -165,7 +208,7 @@ class Pipeline:
             tensor = tensor.contiguous()
             work = dist.isend(tensor, peer, group=self.mesh.edges[self.mesh.rank, peer], tag=tag)
             assert work is not None
-            pending.append((work, tensor))
+            sends.add(operation, work, tensor)
         if following is None:
             return None, None
         stage, step = self._stage(following), 1 if following.kind == "forward" else -1

@@ -31,8 +31,6 @@ class Job:
     """DeepSpeed's contiguous_gradients: gradients are copied into a bucket of full size."""
     max_live_elements: int = 10**13
     """DeepSpeed's stage3_max_live_parameters: how much its prefetcher may gather ahead of use."""
-    fused_adam: bool = True
-    """Whether Adam runs as one kernel (CUDA), without temporaries."""
     padded_rows: int | None = None
     """Rows of embedding and head on a tensor rank; left out, the vocabulary's equal share."""
 

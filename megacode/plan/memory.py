@@ -41,7 +41,7 @@ class StageMemory:
     logits_bytes: int
     """Logits of one micro-batch with their fp32 copies and gradients."""
     buffers_bytes: int
-    """DeepSpeed's buckets, hidden states sent and not yet let go, the optimizer's temporaries."""
+    """DeepSpeed's buckets, hidden states on their way to other stages."""
     host_bytes: int
     """In the host's memory, for each device: what is offloaded."""
 
@@ -58,7 +58,6 @@ def stage_memory(
     *,
     recompute: Recompute = "none",
     sequence_parallel: bool = False,
-    device: Literal["cuda", "cpu"] = "cuda",
 ) -> list[StageMemory]:
     """Memory of a recipe's step in a layout, one entry a pipeline rank.
 
@@ -67,9 +66,8 @@ def stage_memory(
         layout: what `layout.fit` gives for it.
         recompute: nothing today; the others say what recomputation would save.
         sequence_parallel: not in the trainer yet; says what it would save.
-        device: where it runs; Adam's temporaries differ.
     """
-    return memory(recipe_job(recipe, layout, recompute, sequence_parallel, device))
+    return memory(recipe_job(recipe, layout, recompute, sequence_parallel))
 
 
 def recipe_job(
@@ -77,7 +75,6 @@ def recipe_job(
     layout: Layout,
     recompute: Recompute = "none",
     sequence_parallel: bool = False,
-    device: Literal["cuda", "cpu"] = "cuda",
 ) -> Job:
     """A recipe's step as the formulas see it, with what its DeepSpeed configuration decides. Arguments as above."""
     parallel, zero = recipe.parallel, deepspeed_config(recipe)["zero_optimization"]
@@ -98,7 +95,6 @@ def recipe_job(
         overlap_comm=bool(zero.get("overlap_comm", parallel.zero == 3)),
         max_live_elements=int(zero.get("stage3_max_live_parameters", 0)),
         padded_rows=vocabulary_rows(recipe.model.vocabulary, layout.tensor),
-        fused_adam=device == "cuda",
     )
 
 
@@ -166,11 +162,13 @@ def loads(pipeline: int, rank: int, num_micro_batches: int, virtual_stages: int)
 
 
 def _surpasses(one: Load, other: Load) -> bool:
-    """Whether `one` has no less of anything; a kept micro-batch weighs at least as much as a hidden state sent."""
+    """Whether `one` has no less of anything."""
     more = [a - b for a, b in zip(one.in_flight, other.in_flight, strict=True)]
-    sent = sum(other.forwards) + sum(other.backwards) - sum(one.forwards) - sum(one.backwards)
-    started = all(a > 0 or b == 0 for a, b in zip(one.backwards, other.backwards, strict=True))
-    return min(more) >= 0 and sum(more) >= sent and started
+    forwards, backwards = (
+        [min(a, 2) - min(b, 2) for a, b in zip(getattr(one, name), getattr(other, name), strict=True)]
+        for name in ("forwards", "backwards")
+    )
+    return min(more) >= 0 and min(forwards) >= 0 and min(backwards) >= 0
 
 
 def _stage(job: Job, rank: int) -> StageMemory:
@@ -244,7 +242,10 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
 
 
 def _kept(job: Job, rank: int, load: Load) -> tuple[float, float]:
-    """Bytes kept for backwards, and bytes of hidden states sent: their tensors stay until the schedule's end."""
+    """Bytes kept for backwards, and bytes of hidden states sent and not yet known to be received.
+
+    What comes back says so: before the first backward nothing does, afterwards two in each direction are on their way.
+    """
     shape, layout = job.shape, job.layout
     w, tokens, layers = shape.element_bytes, job.micro_tokens, job.chunk_layers(rank)
     hidden = w * shape.hidden * tokens
@@ -257,7 +258,9 @@ def _kept(job: Job, rank: int, load: Load) -> tuple[float, float]:
         if not first and (w == 2 and job.recompute != "full"):
             one += hidden  # the received input; under fp32 the first norm keeps the same tensor
         kept += flights * one
-        sent += hidden * ((0 if last else load.forwards[chunk]) + (0 if first else load.backwards[chunk]))
+        ahead = load.forwards[chunk] if sum(load.backwards) == 0 and load.kind == "forward" else 2
+        sent += 0 if last else hidden * min(load.forwards[chunk], ahead)
+        sent += 0 if first else hidden * min(load.backwards[chunk], 2)
     return kept, sent
 
 
@@ -311,7 +314,7 @@ def _key(job: Job, rank: int) -> tuple[int, int, int, int]:
 
 
 def _update(job: Job, rank: int, static: StageMemory) -> StageMemory:
-    """The optimizer's step: the partition's gradients flattened in fp32, Adam's temporaries where it is not fused."""
+    """The optimizer's step: the partition's gradients flattened in fp32. AdamW is fused and has no temporaries."""
     if job.offload != "none":
         return static
     share = job.parameters(rank) / job.layout.data
@@ -319,9 +322,4 @@ def _update(job: Job, rank: int, static: StageMemory) -> StageMemory:
     step = min(share, SUB_GROUP_ELEMENTS) if job.zero == 3 else share
     reduced = 0.0 if job.zero == 3 else share * (4 if job.reduce == "microbatch" else w)
     flat = 0.0 if job.zero == 2 and job.reduce == "microbatch" and w == 2 else 4 * step
-    temporaries = 0 if job.fused_adam else 8 * step
-    return replace(
-        static,
-        gradients_bytes=int(static.gradients_bytes + reduced + flat),
-        buffers_bytes=int(static.buffers_bytes + temporaries),
-    )
+    return replace(static, gradients_bytes=int(static.gradients_bytes + reduced + flat))

@@ -1,7 +1,6 @@
 """What to say when memory runs out: what it holds, by the plan's formula, and what to change."""
 
 import os
-from typing import Literal
 
 import torch
 
@@ -20,8 +19,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explain_out_of_memory(recipe: Recipe, layout: Layout, pipeline_rank: int, device: torch.device) -> str:
     """One line: what a rank of this stage holds at its worst moment, what there is, and what to change."""
-    kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
-    stage = stage_memory(recipe, layout, device=kind)[pipeline_rank]
+    stage = stage_memory(recipe, layout)[pipeline_rank]
     there = _memory_bytes(device)
     names = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
     parts = {name: getattr(stage, f"{name}_bytes") for name in names}

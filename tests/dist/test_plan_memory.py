@@ -49,7 +49,7 @@ def case_recipe(folder, world_size, precision, parallel, num_micro_batches):
 def test_the_plan_knows_the_live_bytes(worlds, tmp_path, case):
     world_size = case[0]
     config = case_recipe(tmp_path, *case)
-    planned = stage_memory(config, fit(config, world_size), device="cpu")
+    planned = stage_memory(config, fit(config, world_size))
     ranks = worlds(world_size).run(live_bytes, config)
     per_stage = world_size // len(planned)
     for stage in planned:

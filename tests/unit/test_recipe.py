@@ -41,6 +41,15 @@ def test_an_empty_section_is_its_defaults(base):
     assert load(base, ["checkpoint.every_steps=7"]).checkpoint.every_steps == 7
 
 
+def test_a_variant_takes_back_what_its_base_says(base, tmp_path):
+    base.write_text(base.read_text() + "deepspeed_config: ds.json\n")
+    variant = tmp_path / "variant.yaml"
+    variant.write_text("base: base.yaml\ndeepspeed_config: null\nmodel:\n")
+    assert load(base).deepspeed_config == "ds.json"
+    assert load(variant).deepspeed_config is None
+    assert load(variant).model == load(base).model
+
+
 def test_a_base_that_leads_back_is_refused(base):
     base.write_text("base: base.yaml\n")
     with pytest.raises(UserError, match="leads back"):

@@ -1,12 +1,15 @@
 """Pipeline schedules, as lists: complete, ordered, free of deadlock, lean; and the learning rate."""
 
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.training import recipe
 
+from megacode.parallel.pipeline import _Sends
 from megacode.parallel.schedule import forwards_only, one_f_one_b
 from megacode.train.schedule import learning_rate
 
@@ -120,3 +123,27 @@ def test_learning_rate_warms_up_to_the_peak_and_ends_at_a_thirtieth():
 def test_learning_rate_without_warm_up_starts_at_the_peak():
     config = recipe(optimizer={"learning_rate": 1.0}, schedule={"steps": 3, "warmup_steps": 0})
     assert [learning_rate(config, step) for step in range(3)] == pytest.approx([1.0, 0.5 * (1 + 1 / 30), 1 / 30])
+
+
+@pytest.mark.parametrize(("pipeline", "virtual"), [(2, 1), (4, 1), (4, 2), (3, 3)])
+def test_sends_are_let_go_of_while_the_schedule_runs(pipeline, virtual):
+    """A neighbour's answer tells that it has what was sent before: few stay, however many micro-batches there are."""
+    num_micro_batches, last = 12 * pipeline, pipeline * virtual - 1
+    for rank in range(pipeline):
+        sends = _Sends(SimpleNamespace(pipeline=pipeline, pipeline_rank=rank), num_micro_batches, virtual, True)
+        warm_up, most, waited = True, 0, []
+        for operation in one_f_one_b(pipeline, rank, num_micro_batches, virtual):
+            stage = operation.chunk * pipeline + rank
+            forward = operation.kind == "forward"
+            warm_up = warm_up and forward
+            if stage != (0 if forward else last):
+                sends.received(operation)
+            if stage != (last if forward else 0):
+                sends.add(operation, SimpleNamespace(wait=partial(waited.append, operation)), None)
+            if not warm_up:
+                most = max(most, sum(len(pending) for pending in sends._pending.values()))
+        assert most <= 2 * pipeline * virtual
+        sends.wait()
+        total = sum((o.chunk * pipeline + rank) != (last if o.kind == "forward" else 0) for o in
+                    one_f_one_b(pipeline, rank, num_micro_batches, virtual))  # fmt: skip
+        assert len(waited) == len(set(waited)) == total
