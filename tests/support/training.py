@@ -82,8 +82,8 @@ def micro_batch(config: Recipe, tokens: torch.Tensor, labels: torch.Tensor) -> M
     return MicroBatch(tokens, labels, positions, cu_seqlens)
 
 
-def reference(config: Recipe, steps: int) -> Outcome:
-    """The training in one process: plain torch, fp32, no DeepSpeed."""
+def reference(config: Recipe, steps: int, fused: bool = False) -> Outcome:
+    """The training in one process: plain torch, fp32, no DeepSpeed; `fused` AdamW rounds a little differently."""
     model = initialise(Llama(config.model), SEED)
     section = config.optimizer
     optimizer = torch.optim.AdamW(
@@ -91,7 +91,7 @@ def reference(config: Recipe, steps: int) -> Outcome:
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": section.weight_decay},
             {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
         ],
-        lr=section.learning_rate, betas=(section.beta1, section.beta2), eps=section.epsilon,
+        lr=section.learning_rate, betas=(section.beta1, section.beta2), eps=section.epsilon, fused=fused,
     )  # fmt: skip
     outcome = Outcome()
     for step in range(steps):
