@@ -169,8 +169,9 @@ class DeviceSkip:
         zero.unscale_and_clip_grads = self._decide_and_clip
 
     def _decide_and_clip(self, gradients: Any, norm: Tensor) -> None:
-        loss = self.loss.to(norm.device)
-        self.zero.optimizer.found_inf = (~(norm.isfinite() & loss.isfinite())).float()
+        found = (~(norm.isfinite() & self.loss.to(norm.device).isfinite())).float()
+        # Where the optimizer is offloaded, AdamW would copy it to the host without waiting, and read it too early.
+        self.zero.optimizer.found_inf = found.to(masters(self.zero)[0].device)
         self._clip(gradients, norm)
 
     @property
