@@ -107,6 +107,7 @@ def _train(recipe: Any, overrides: list[str]) -> None:
         (Path(recipe.run) / "STOP").write_text(str(half), encoding="utf-8")
         _start(command, Path(recipe.run), "stopped")
         print(f"\n== training, second half: started again after the stop at step {half}", flush=True)
+    (Path(recipe.run) / "STOP").unlink(missing_ok=True)  # of a first half that was interrupted
     _start(command, Path(recipe.run), "finished")
 
 

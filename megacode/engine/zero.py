@@ -100,14 +100,15 @@ class ZeroEngine:
 
         Returns:
             The gradient norm over the whole model before clipping (inf where it is not finite), and 1 where the update
-            was left out, else 0: scalars on the device. No host synchronisation.
+            was left out, else 0: scalars on the device. No host synchronisation, unless the optimizer is offloaded.
         """
         for group in self.zero.optimizer.param_groups:
             group["lr"] = learning_rate
         self._skip.loss = torch.zeros(()) if loss is None else loss
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
-        return self.engine.get_global_grad_norm(), self._skip.skipped
+        device = self.pipeline.device  # offloaded, both are on the host
+        return self.engine.get_global_grad_norm().to(device), self._skip.skipped.to(device)
 
     def _forward(self, chunk: int, x: Tensor, batch: MicroBatch, last_stage: bool) -> Tensor:
         return self.engine(chunk, x, batch.positions, batch.cu_seqlens, batch.labels if last_stage else None)

@@ -28,6 +28,11 @@ class Recorder:
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
         self._mark()
 
+    def restart(self) -> None:
+        """Forget what was before: a step begins."""
+        self._marks.clear()
+        self._mark()
+
     def _mark(self) -> None:
         """From here on, time counts for the phase on top."""
         if not self.on_gpu:

@@ -20,6 +20,8 @@ FILES = ("STOP", "SAVE")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _LOOK_SECONDS = 1.0
 _WATCH_SECONDS = 0.5
+_LOOKS_BETWEEN = 10
+"""So many looks at the processes of this machine for one at the run folder, which all ranks of all machines share."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,6 @@ class Requests:
 
     def __init__(self, run: Path, looks: bool) -> None:
         self.run, self.looks = run, looks
-        self.signalled = False
         self._seen = [0.0] * (len(FILES) + len(SIGNALS))
         self._next_look = 0.0
         self._due: list[float] = [math.inf] * len(FILES)
@@ -55,7 +56,6 @@ class Requests:
         """Take note of signals from now on; before, they end the process as ever."""
 
         def note(number: int, frame: FrameType | None) -> None:
-            self.signalled = True
             self._seen[len(FILES) + SIGNALS.index(signal.Signals(number))] = 1.0
 
         for each in SIGNALS:
@@ -79,7 +79,7 @@ class Requests:
     def done(self, asked: Asked) -> None:
         """Take away the files that asked for what has been done now."""
         if self.looks:
-            for name, answered in (("STOP", asked.stop is not None), ("SAVE", asked.save or asked.stop is not None)):
+            for name, answered in (("STOP", asked.stop is not None), ("SAVE", asked.save)):
                 if answered:
                     (self.run / name).unlink(missing_ok=True)
             self._next_look = 0.0
@@ -88,9 +88,12 @@ class Requests:
 def _due_step(file: Path) -> float:
     """The step at whose end a file asks for something: never where it is not there, at once where it names none."""
     try:
-        text = file.read_text(encoding="utf-8").strip()
+        text = file.read_text(encoding="utf-8", errors="replace").strip()
+        age_seconds = time.time() - file.stat().st_mtime
     except OSError:
         return math.inf
+    if not text:  # `echo 5000 > STOP` makes it empty first
+        return 0 if age_seconds > 0.5 else math.inf
     return int(text) if text.isdecimal() else 0
 
 
@@ -123,12 +126,12 @@ class PeerWatch:
     """Ends this rank within seconds of another rank's death on this machine.
 
     The others would wait in a collective for the dead one, and a launcher's SIGTERM only asks them to stop at a step's
-    end that never comes. Of other machines a rank hears by `failed`.
+    end that never comes. Of other machines a rank hears by `failed`, as soon as the run folder shows it.
 
     Args:
         peers: all ranks.
         rank: this rank.
-        failed: whether this rank is known to wait for nothing; asked once a second.
+        failed: whether this rank is known to wait for nothing; asked every 5 seconds.
         on_loss: called, in a thread, with the ranks that are gone and whether this rank is the one to tell; it ends the
             process.
     """
@@ -168,8 +171,10 @@ class PeerWatch:
         return gone
 
     def _watch(self) -> None:
+        looks = 0
         while not self._over.wait(_WATCH_SECONDS):
-            gone = self.gone()
-            if (gone or self._failed()) and not self._over.is_set():
+            gone, looks = self.gone(), looks + 1
+            in_vain = looks % _LOOKS_BETWEEN == 0 and self._failed()
+            if (gone or in_vain) and not self._over.is_set():
                 left = {self.rank, *(peer.rank for peer in self.peers)} - {peer.rank for peer in gone}
                 self._on_loss(gone, self.rank == min(left))

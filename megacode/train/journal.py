@@ -3,6 +3,7 @@
 Lives on rank 0 only. The training hands over a dict and goes on: writing, drawing and sending take none of its time.
 """
 
+import contextlib
 import json
 import math
 import queue
@@ -49,7 +50,7 @@ class Journal:
         _keep_up_to(run / "metrics.jsonl", step)
         self._files = {name: (run / f"{name}.jsonl").open("a", encoding="utf-8") for name in ("metrics", "events")}
         self._queue: queue.SimpleQueue[tuple[str, dict[str, Any]] | None] = queue.SimpleQueue()
-        self._problem: OSError | None = None
+        self._problem: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
 
@@ -70,9 +71,17 @@ class Journal:
         self._queue.put(None)
         self._thread.join(CLOSE_SECONDS)
 
-    def _put(self, kind: str, values: dict[str, Any]) -> None:
+    def check(self) -> None:
+        """Raise what went wrong in writing, if anything did.
+
+        Raises:
+            OSError: a line could not be written.
+        """
         if self._problem is not None:
             raise self._problem
+
+    def _put(self, kind: str, values: dict[str, Any]) -> None:
+        self.check()
         self._queue.put((kind, values))
 
     def _work(self) -> None:
@@ -81,14 +90,20 @@ class Journal:
             try:
                 self._files[kind].write(json.dumps(values, allow_nan=False) + "\n")
                 self._files[kind].flush()
-            except OSError as error:
+            except (OSError, ValueError, TypeError) as error:
                 self._problem = error
-            self.console.show(kind, values)
+            self._show(kind, values)
             if kind == "metrics":
                 self._track(values)
-        self.console.close()
+        with contextlib.suppress(Exception):
+            self.console.close()
         for tracker in self.trackers:
             self._guarded(tracker, tracker.close)
+
+    def _show(self, kind: str, values: dict[str, Any]) -> None:
+        """A console that is gone (a closed terminal, a pipe that nobody reads) does not end the run."""
+        with contextlib.suppress(OSError, UnicodeError):
+            self.console.show(kind, values)
 
     def _track(self, values: dict[str, Any]) -> None:
         for tracker in list(self.trackers):
@@ -110,13 +125,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _step(line: str) -> float:
+    """The step of a line of metrics; infinity for one that is damaged."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def _keep_up_to(path: Path, step: int) -> None:
-    """Drop lines of later steps, and half a line at the end."""
+    """Drop lines of later steps, damaged ones, and half a line at the end."""
     if not path.exists():
         return
     temporary = path.with_suffix(".tmp")
     with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
         for line in old:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if line.endswith("\n") and _step(line) <= step:
                 new.write(line)
     temporary.replace(path)

@@ -66,11 +66,11 @@ class Trainer:
                 asked = self.step()
             step = self.progress.step
             last = step == schedule.steps
-            if self.validation is not None and (last or step % logging.validate_every_steps == 0):
-                self.validate()
             if last or asked.stop is not None or asked.save or step % checkpoint.every_steps == 0:
                 self.save()
                 self.requests.done(asked)
+            if self.validation is not None and (last or step % logging.validate_every_steps == 0):
+                self.validate()
         return asked.stop if self.progress.step < schedule.steps else None
 
     def finish(self, stopped: str | None) -> None:
@@ -87,16 +87,19 @@ class Trainer:
                 self.journal.event("stop", step, text, asked_by=stopped)
                 write_status(run, "stopped", message=f"asked by {stopped}", **facts)
             self.journal.close()
+            self.journal.check()
 
     def step(self) -> Asked:
         """One optimizer step; what the ranks have agreed on at its end."""
         started = time.monotonic()
+        if self.recorder is not None:
+            self.recorder.restart()
         recipe, first, groups = self.recipe, self.progress.next_sample, 2 * len(self.stream.sources)
         with measure("data"):
             batches, counts = self._batches(self.stream.micro_batch, first, recipe.batch.global_samples)
-            asked = self.requests.noted(self.progress.step + 1).to(self.device, non_blocking=True)
         num_valid = counts.sum().clamp(min=1)
         sums = self.engine.train_step(batches, self.mesh.zero_size / num_valid)
+        asked = self.requests.noted(self.progress.step + 1).to(self.device, non_blocking=True)
         with measure("communication"):
             totals = torch.cat([sums / self.mesh.tensor, asked])
             dist.all_reduce(totals)

@@ -3,8 +3,10 @@
 import argparse
 import os
 import sys
+import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,7 +54,7 @@ def main(arguments: list[str]) -> int:
         start.check_disk(config)
         _make_run_folder(Path(config.run), place)
     except UserError as error:
-        return _refuse(error, place)
+        return _refuse(error, speaks=place.local_rank == 0)
     return Run(config, layout, place, device).run(streams)
 
 
@@ -66,6 +68,8 @@ class Run:
         self.watch: PeerWatch | None = None
         self.trainer: Trainer | None = None
         self.hosts: list[str] = []
+        self.start = "before the ranks know each other"
+        self._telling = threading.Lock()
         self.requests = Requests(self.folder, looks=place.rank == 0)
 
     def run(self, streams: tuple[TrainStream, ValidationStream | None]) -> int:
@@ -98,12 +102,13 @@ class Run:
         peers: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(peers, faults.this_process(mesh.rank), group=mesh.control_group)
         self.hosts = [peer.host for peer in peers]
+        self.start = f"{peers[0].host} {peers[0].pid} {peers[0].started}"
         self.watch = PeerWatch(peers, mesh.rank, self._is_in_vain, self._peers_are_gone)
         self.watch.start()
 
     def _is_in_vain(self) -> bool:
-        """Whether a signal came since the run has failed: launchers end the ranks of other machines so."""
-        return self.requests.signalled and metrics.read_status(self.folder).get("outcome") == "failed"
+        """Whether the run is known to have failed, on another machine perhaps."""
+        return metrics.has_failed(self.folder, self.start)
 
     def _trainer(self, mesh: Mesh, stream: TrainStream, validation: ValidationStream | None) -> Trainer:
         """A trainer at the newest checkpoint of the run folder, or at the beginning."""
@@ -138,9 +143,11 @@ class Run:
 
     def _peers_are_gone(self, gone: list[Peer], tells: bool) -> None:
         """Called in a thread: other ranks of this machine have ended, and this one must not wait for them."""
-        if tells:
-            self._tell(f"{_names(gone)} ended" if gone else "another rank failed", None)
-        os._exit(1)
+        try:
+            if tells:
+                self._tell(f"{_names(gone)} ended" if gone else "another rank failed", None)
+        finally:
+            os._exit(1)
 
     def _fail(self, error: BaseException) -> NoReturn:
         """End at once and loudly: the others sit in collectives that this rank will never enter.
@@ -151,8 +158,10 @@ class Run:
             if self.watch is not None:
                 self.watch.stop()
             if isinstance(error, UserError):
-                metrics.fail_status(self.folder, self.place.rank, str(error), store.newest(self.folder))
-                os._exit(_refuse(error, self.place))
+                first = metrics.fail_status(
+                    self.folder, self.place.rank, str(error), store.newest(self.folder), self.start
+                )
+                os._exit(_refuse(error, speaks=first or self.place.local_rank == 0))
             gone = self.watch.wait_for_gone(seconds=0.5) if self.watch is not None else []
             message = f"{type(error).__name__}: {error}"
             if is_out_of_memory(error):
@@ -167,14 +176,20 @@ class Run:
     def _tell(self, message: str, trace: str | None, event: str = "failure") -> None:
         """Say why the run fails, in status.json and on stderr, unless another rank has: this follows from it then."""
         rank = self.place.rank
-        first = metrics.fail_status(self.folder, rank, message, store.newest(self.folder))
-        if self.journal is not None:
-            self.journal.close()
-        if not first:
-            print(f"rank {rank} ends, since another rank failed", file=sys.stderr, flush=True)
-        else:
-            print(f"rank {rank} failed: {message}" + (f"\n{trace}" if trace else ""), file=sys.stderr, flush=True)
-            metrics.append_event(self.folder, event, self.step, message, rank=rank)
+        with self._telling:
+            try:
+                first = metrics.fail_status(self.folder, rank, message, store.newest(self.folder), self.start)
+            except OSError as error:  # a full disk, say: then stderr must do
+                first, message = True, f"{message} (and status.json can't be written: {error.strerror})"
+            if not first:
+                print(f"rank {rank} ends, since another rank failed", file=sys.stderr, flush=True)
+            else:
+                print(f"rank {rank} failed: {message}" + (f"\n{trace}" if trace else ""), file=sys.stderr, flush=True)
+            if self.journal is not None:
+                self.journal.close()
+            if first:
+                with suppress(OSError):
+                    metrics.append_event(self.folder, event, self.step, message, rank=rank)
 
 
 def _names(peers: list[Peer]) -> str:
@@ -218,12 +233,12 @@ def _make_run_folder(run: Path, place: Place) -> None:
         raise UserError(f"run: cannot write the folder {run}: {error.strerror}; mend that or name another") from None
 
 
-def _refuse(error: UserError, place: Place) -> int:
-    """Say a user's mistake once on each machine; the exit code.
+def _refuse(error: UserError, speaks: bool) -> int:
+    """Say a user's mistake, once on each machine; the exit code.
 
     All ranks find it, and the launcher ends all when the first is gone: the silent ones wait for the one that speaks.
     """
-    if place.local_rank == 0:
+    if speaks:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(5)

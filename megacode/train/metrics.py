@@ -6,6 +6,7 @@ import platform
 import resource
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -105,7 +106,12 @@ def append_event(run: Path, event: str, step: int | None, text: str, **values: A
 
 
 def write_status(run: Path, outcome: str, **values: Any) -> None:
-    """Replace RUN/status.json: `running`, `finished`, `stopped` or `failed`, and what more is known."""
+    """Replace RUN/status.json: `running`, `finished`, `stopped` or `failed`, and what more is known.
+
+    Once a rank has failed, that stays.
+    """
+    if outcome != "failed" and (run / FAILED).exists():
+        return
     status = {
         "outcome": outcome,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -115,15 +121,12 @@ def write_status(run: Path, outcome: str, **values: Any) -> None:
         "command": sys.argv,
         **values,
     }
-    temporary = run / f"status.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, run / "status.json")
-
-
-def read_status(run: Path) -> dict[str, Any]:
-    """RUN/status.json, or nothing where there is none."""
-    path = run / "status.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    temporary = run / f"status.{os.getpid()}.{threading.get_ident()}.tmp"
+    try:
+        temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, run / "status.json")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def begin_status(run: Path) -> None:
@@ -132,15 +135,27 @@ def begin_status(run: Path) -> None:
     write_status(run, "running")
 
 
-def fail_status(run: Path, rank: int, message: str, checkpoint: Path | None) -> bool:
+def fail_status(run: Path, rank: int, message: str, checkpoint: Path | None, start: str) -> bool:
     """Say that the run failed, unless another rank has: its reason came first, and this one may follow from it.
+
+    Args:
+        start: names this start of the run; `has_failed` asks for it.
 
     Returns:
         Whether this rank is the first.
     """
     try:
-        (run / FAILED).touch(exist_ok=False)
+        with (run / FAILED).open("x", encoding="utf-8") as file:
+            file.write(start)
     except FileExistsError:
         return False
     write_status(run, "failed", rank=rank, message=message, checkpoint=checkpoint and str(checkpoint))
     return True
+
+
+def has_failed(run: Path, start: str) -> bool:
+    """Whether a rank of this start has failed. A network file system may still show what an earlier start left."""
+    try:
+        return (run / FAILED).read_text(encoding="utf-8") == start
+    except OSError:
+        return False

@@ -4,6 +4,7 @@ import importlib.util
 import netrc
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -23,7 +24,8 @@ def check_trackers(recipe: Recipe) -> None:
         ("wandb", "wandb", recipe.logging.wandb is not None),
         ("tensorboard", "tensorboard", recipe.logging.tensorboard),
     ):
-        if asked and importlib.util.find_spec(package) is None:
+        spec = importlib.util.find_spec(package) if asked else None
+        if asked and (spec is None or spec.origin is None):  # a folder of that name is no package
             raise UserError(
                 f"logging.{key} is asked for and {package} is not installed; pip install -c constraints.txt {package}, "
                 f"or leave the key out"
@@ -39,9 +41,12 @@ def open_trackers(recipe: Recipe, step: int, facts: dict[str, Any]) -> list[Trac
         facts: what else the run's page should say: layout, versions, hosts.
     """
     trackers: list[Tracker] = []
-    run = Path(recipe.run)
-    if recipe.logging.wandb is not None:
-        trackers.append(Wandb(run, recipe.logging.wandb, {**recipe.model_dump(mode="json"), "start": facts}))
+    run, project = Path(recipe.run), recipe.logging.wandb
+    try:
+        if project is not None:
+            trackers.append(Wandb(run, project, {**recipe.model_dump(mode="json"), "start": facts}))
+    except Exception as error:  # no network, a key that is refused: the run is not worth less
+        print(f"Wandb failed and is dropped: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     if recipe.logging.tensorboard:
         trackers.append(TensorBoard(run, step))
     return trackers
@@ -60,7 +65,7 @@ class Wandb:
         folder = run / "wandb"
         folder.mkdir(exist_ok=True)
         id_file = folder / "id"
-        if not id_file.exists():
+        if not id_file.exists() or not id_file.read_text(encoding="utf-8").strip():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         if "WANDB_MODE" not in os.environ and not logged_in():
             os.environ["WANDB_MODE"] = "offline"

@@ -1,5 +1,6 @@
 """Requests, the watch over other ranks, and what is skipped: the parts that need no training."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,9 @@ import threading
 import pytest
 
 from megacode.train.faults import FILES, SIGNALS, PeerWatch, Requests, this_process
+from megacode.train.launch import Place
+from megacode.train.main import Run
+from megacode.train.metrics import begin_status, fail_status, has_failed, write_status
 
 
 @pytest.fixture
@@ -31,7 +35,6 @@ def test_a_signal_asks_to_stop(tmp_path, handlers, number):
     assert asked(requests).stop is None
     os.kill(os.getpid(), number)
     assert asked(requests).stop == signal.Signals(number).name
-    assert requests.signalled
 
 
 def test_files_ask_and_go_when_it_is_done(tmp_path):
@@ -39,6 +42,9 @@ def test_files_ask_and_go_when_it_is_done(tmp_path):
     assert asked(requests) == asked(Requests(tmp_path, looks=False))
     for name in FILES:
         (tmp_path / name).touch()
+    assert asked(Requests(tmp_path, looks=True)).stop is None  # `echo 5000 > STOP` makes it empty first
+    for name in FILES:
+        os.utime(tmp_path / name, (0, 0))
     requests = Requests(tmp_path, looks=True)
     both = asked(requests)
     assert both.stop == f"the file {tmp_path}/STOP"
@@ -54,8 +60,17 @@ def test_a_file_may_name_the_step(tmp_path):
     assert [asked(requests, step).stop is not None for step in (5, 6, 7, 8)] == [False, False, True, True]
 
 
+def test_a_later_save_outlives_an_earlier_stop(tmp_path):
+    (tmp_path / "STOP").write_text("3")
+    (tmp_path / "SAVE").write_text("5")
+    requests = Requests(tmp_path, looks=True)
+    requests.done(asked(requests, 3))
+    assert [file.name for file in tmp_path.iterdir()] == ["SAVE"]
+
+
 def test_only_one_rank_looks_for_files(tmp_path):
-    (tmp_path / "SAVE").touch()
+    (tmp_path / "SAVE").write_text("1")
+    assert asked(Requests(tmp_path, looks=True)).save
     assert not asked(Requests(tmp_path, looks=False)).save
 
 
@@ -127,3 +142,33 @@ def test_a_failure_told_by_other_means_ends_this_rank():
     assert told.wait(10)
     assert seen[0][0] == []
     watch.stop()
+
+
+def test_only_the_first_rank_that_fails_says_why(tmp_path):
+    begin_status(tmp_path)
+    assert json.loads((tmp_path / "status.json").read_text())["outcome"] == "running"
+    assert not has_failed(tmp_path, "this start")
+    assert fail_status(tmp_path, 3, "the reason", None, "this start")
+    assert not fail_status(tmp_path, 0, "what follows from it", None, "this start")
+    write_status(tmp_path, "running", step=9)  # of a checkpoint that was being written meanwhile
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["outcome"], status["rank"], status["message"]) == ("failed", 3, "the reason")
+    assert has_failed(tmp_path, "this start")
+    assert not has_failed(tmp_path, "another start")
+    begin_status(tmp_path)
+    assert not has_failed(tmp_path, "this start")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["status.json"]
+
+
+def test_a_failure_is_told_on_stderr_where_the_disk_is_full(tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megacode.train.metrics.write_status", full)
+    run = Run.__new__(Run)
+    run.folder, run.place, run.journal, run.start = tmp_path, Place(2, 2, 4, 4), None, "x"
+    run._telling, run.trainer = threading.Lock(), None
+    run._tell("the reason", None)
+    assert capsys.readouterr().err == (
+        "rank 2 failed: the reason (and status.json can't be written: No space left on device)\n"
+    )

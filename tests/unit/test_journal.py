@@ -192,3 +192,30 @@ def test_trackers_get_the_figures_and_wandb_keeps_its_id(monkeypatch, tmp_path):
     logged = b"".join(file.read_bytes() for folder in folders for file in folder.glob("*.wandb"))
     for word in (b"tokens_per_second", b"world_size", b"rope_theta"):
         assert word in logged
+
+
+class Gone:
+    """A console whose terminal was closed."""
+
+    def show(self, kind, values):
+        raise BrokenPipeError("nobody reads")
+
+    def close(self):
+        raise BrokenPipeError("nobody reads")
+
+
+def test_a_console_that_is_gone_does_not_stop_the_files(tmp_path):
+    kept = Kept()
+    book = journal(tmp_path, trackers=[kept], console=Gone())
+    book.metrics(LINE)
+    book.metrics({**LINE, "step": 4})
+    book.close()
+    book.check()
+    assert len(lines(tmp_path / "metrics.jsonl")) == 2
+    assert kept.lines[-1] == "closed"
+
+
+def test_damaged_lines_go(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"other": 2}\n{"step": 2}\n')
+    journal(tmp_path, step=2).close()
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
