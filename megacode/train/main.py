@@ -166,8 +166,8 @@ class Run:
             message = f"{type(error).__name__}: {error}"
             if is_out_of_memory(error):
                 stage = self.place.rank // (self.layout.data * self.layout.tensor)
-                message = explain_out_of_memory(self.recipe, self.layout, stage, self.device)
-                self._tell(message, f"{type(error).__name__}: {error}", event="out_of_memory")
+                text = explain_out_of_memory(self.recipe, self.layout, stage, self.device)
+                self._tell(text, message, event="out_of_memory")
             else:
                 self._tell(f"{_names(gone)} ended ({message})" if gone else message, traceback.format_exc())
         finally:
