@@ -161,7 +161,7 @@ class Run:
                 first = metrics.fail_status(
                     self.folder, self.place.rank, str(error), store.newest(self.folder), self.start
                 )
-                os._exit(_refuse(error, speaks=first or self.place.local_rank == 0))
+                os._exit(_refuse(error, speaks=first))
             gone = self.watch.wait_for_gone(seconds=0.5) if self.watch is not None else []
             message = f"{type(error).__name__}: {error}"
             if is_out_of_memory(error):
@@ -234,7 +234,7 @@ def _make_run_folder(run: Path, place: Place) -> None:
 
 
 def _refuse(error: UserError, speaks: bool) -> int:
-    """Say a user's mistake, once on each machine; the exit code.
+    """Say a user's mistake if this rank is the one to; the exit code.
 
     All ranks find it, and the launcher ends all when the first is gone: the silent ones wait for the one that speaks.
     """
