@@ -188,7 +188,7 @@ def test_trackers_get_the_figures_and_wandb_keeps_its_id(monkeypatch, tmp_path):
     identity = (tmp_path / "run" / "wandb" / "id").read_text()
     folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert folders
-    assert all(folder.name.endswith(identity) for folder in folders)
+    assert all(identity in folder.name for folder in folders)  # two of one second get a number behind it
     logged = b"".join(file.read_bytes() for folder in folders for file in folder.glob("*.wandb"))
     for word in (b"tokens_per_second", b"world_size", b"rope_theta"):
         assert word in logged
