@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import threading
 
@@ -112,7 +113,7 @@ def test_a_tracker_that_fails_is_dropped_and_told(tmp_path, capsys):
 def test_a_file_that_cannot_be_written_ends_the_run(tmp_path):
     book = journal(tmp_path)
     book._files["metrics"].close()
-    book._files["metrics"] = open("/dev/full", "w")  # noqa: SIM115
+    book._files["metrics"] = open("/dev/full", "w")  # noqa: SIM115  the journal holds it, as it does its own files
     book.metrics(LINE)
     book.close()
     with pytest.raises(OSError, match="No space left"):
@@ -188,7 +189,8 @@ def test_trackers_get_the_figures_and_wandb_keeps_its_id(monkeypatch, tmp_path):
     identity = (tmp_path / "run" / "wandb" / "id").read_text()
     folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert folders
-    assert all(identity in folder.name for folder in folders)  # two of one second get a number behind it
+    # Two folders of one second get a number behind the id.
+    assert all(re.fullmatch(rf"offline-run-\d+_\d+-{identity}(-\d+)?", folder.name) for folder in folders)
     logged = b"".join(file.read_bytes() for folder in folders for file in folder.glob("*.wandb"))
     for word in (b"tokens_per_second", b"world_size", b"rope_theta"):
         assert word in logged
