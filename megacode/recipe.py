@@ -116,10 +116,19 @@ class DataSection(Section):
 class ParallelSection(Section):
     tensor: int = Field(default=1, gt=0)
     """Ranks that share each layer (tensor parallelism)."""
+    sequence: bool = False
+    """Tensor ranks also share norms and residuals, along the sequence (sequence parallelism)."""
+    context: int = Field(default=1, gt=0)
+    """Ranks that share each sequence (context parallelism), for contexts too long for one device."""
     pipeline: int = Field(default=1, gt=0)
     """Stages that share the layers (pipeline parallelism)."""
     virtual_stages: int = Field(default=1, gt=0)
     """Chunks of layers that each pipeline rank holds; above 1 the schedule is interleaved 1F1B."""
+    stages: Literal["even", "weighed"] | list[int] = "even"
+    """Layers of each stage: equal numbers; equal with the embedding and the head weighed as a layer each; or given by
+    hand, one number a virtual stage in the model's order."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping: nothing; norms and SwiGLU; whole blocks."""
     zero: Literal[1, 2, 3] = 1
     """ZeRO stage: 1 shards the optimizer over the data ranks, 2 the gradients too, 3 the parameters too."""
     gather: Literal["step", "microbatch"] | None = None
@@ -131,6 +140,13 @@ class ParallelSection(Section):
     def _check(self) -> "ParallelSection":
         if self.gather == "microbatch" and self.zero < 3:
             raise ValueError(f"gather: microbatch needs zero: 3, and zero is {self.zero}; leave gather out")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence: true needs tensor above 1: it is the tensor ranks that share the sequence")
+        if isinstance(self.stages, list) and len(self.stages) != self.pipeline * self.virtual_stages:
+            raise ValueError(
+                f"stages names {len(self.stages)} stages and there are pipeline x virtual_stages = "
+                f"{self.pipeline * self.virtual_stages}; give one number of layers for each"
+            )
         if self.virtual_stages > 1 and self.pipeline == 1:
             raise ValueError("virtual_stages above 1 needs pipeline above 1; set virtual_stages: 1")
         if self.reduce == "microbatch" and self.zero < 2:

@@ -76,19 +76,24 @@ def train(config: Recipe, steps: int) -> Outcome:
     start_deepspeed()
     layout = fit(config, dist.get_world_size())
     return in_layout(
-        config, layout, _mesh(layout.pipeline, layout.data, layout.tensor), find_device(find_place()), steps
+        config,
+        layout,
+        _mesh(layout.pipeline, layout.data, layout.tensor, layout.context),
+        find_device(find_place()),
+        steps,
     )
 
 
 @functools.cache
-def _mesh(pipeline: int, data: int, tensor: int) -> Mesh:
+def _mesh(pipeline: int, data: int, tensor: int, context: int) -> Mesh:
     """One mesh a process and layout: each gloo group polls in threads of its own."""
-    return build_mesh(pipeline, data, tensor)
+    return build_mesh(pipeline, data, tensor, context)
 
 
 def name(layout: Layout) -> str:
     """As people write it."""
-    return f"TP{layout.tensor} x PP{layout.pipeline} x DP{layout.data}"
+    context = f" x CP{layout.context}" if layout.context > 1 else ""
+    return f"TP{layout.tensor} x PP{layout.pipeline} x DP{layout.data}{context}"
 
 
 def check_layouts(run: Run, num_processes: int) -> Iterator[Finding]:

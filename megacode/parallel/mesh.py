@@ -28,6 +28,8 @@ class Mesh:
     context_rank: int
     tensor_rank: int
     data_group: ProcessGroup
+    context_group: ProcessGroup
+    """The ranks that share a sequence."""
     tensor_group: ProcessGroup
     model_group: ProcessGroup
     """pipeline x tensor: the ranks that together hold one replica of the model."""
@@ -97,6 +99,7 @@ def build_mesh(pipeline: int, data: int, tensor: int, context: int = 1, timeout_
     return Mesh(
         rank, pipeline, data, context, tensor, pp, dp, cp, tp,
         data_group=group((0, 3, 1, 2), data * context),
+        context_group=group((0, 1, 3, 2), context),
         tensor_group=group((0, 1, 2, 3), tensor),
         model_group=group((1, 2, 0, 3), pipeline * tensor),
         control_group=everyone if gloo else dist.new_group(backend="gloo", timeout=max(timeout, SLOWEST_WRITER)),

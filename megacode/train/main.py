@@ -78,7 +78,7 @@ class Run:
         try:
             start_process_group(self.place, self.device, timeout_seconds)
             layout = self.layout
-            mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, timeout_seconds=timeout_seconds)
+            mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, layout.context, timeout_seconds)
             self._watch_peers(mesh)
             start_deepspeed()
             self.trainer = trainer = self._trainer(mesh, *streams)
@@ -165,7 +165,7 @@ class Run:
             gone = self.watch.wait_for_gone(seconds=0.5) if self.watch is not None else []
             message = f"{type(error).__name__}: {error}"
             if is_out_of_memory(error):
-                stage = self.place.rank // (self.layout.data * self.layout.tensor)
+                stage = self.place.rank // (self.layout.zero_size * self.layout.tensor)
                 text = explain_out_of_memory(self.recipe, self.layout, stage, self.device)
                 self._tell(text, message, event="out_of_memory")
             else:

@@ -62,7 +62,7 @@ def live_bytes(config: Recipe) -> dict[str, int]:
     importlib.import_module("torch._dynamo")  # zero.Init imports it while torch.Tensor is patched, which it refuses
     start_deepspeed()
     layout = fit(config, dist.get_world_size())
-    mesh = _mesh(meshes.build_mesh, layout.pipeline, layout.data, layout.tensor)
+    mesh = _mesh(meshes.build_mesh, layout.pipeline, layout.data, layout.tensor, layout.context)
     size, ranks = config.batch.micro_samples, mesh.zero_size
     tokens, labels = samples(config, 0)
     batches = []

@@ -34,7 +34,7 @@ def engine(recipe: Recipe) -> Step:
 
     start_deepspeed()
     layout = fit(recipe, dist.get_world_size())
-    mesh = build_mesh(layout.pipeline, layout.data, layout.tensor)
+    mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, layout.context)
     zero = ZeroEngine(recipe, layout, mesh, torch.device("cpu"))
     for name, value, _ in initial_weights(recipe):
         zero.write(name, value)
