@@ -16,7 +16,10 @@ ALLOWED = {
     "parallel.schedule": set(),
     "parallel.timeline": {"parallel.schedule"},
     "engine.config": {"errors", "recipe"},
-    "plan": {"errors", "recipe", "parallel.stages", "parallel.schedule", "engine.config", "plan"},
+    "plan": {
+        *("errors", "recipe", "parallel.stages", "parallel.schedule", "parallel.timeline", "engine.config"),
+        "plan",
+    },
     "data": {"errors", "recipe", "data"},
     "model": {"errors", "recipe", "kernels", "model"},
     "parallel": {"errors", "recipe", "plan", "kernels", "model", "parallel"},
