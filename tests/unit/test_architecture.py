@@ -17,7 +17,10 @@ ALLOWED = {
     "parallel.timeline": {"parallel.schedule"},
     "plan.model": {"recipe"},
     "engine.config": {"errors", "recipe", "plan.model"},
-    "plan": {"errors", "recipe", "parallel.stages", "parallel.schedule", "engine.config", "plan"},
+    "plan": {
+        *("errors", "recipe", "parallel.stages", "parallel.schedule", "parallel.timeline", "engine.config"),
+        "plan",
+    },
     "data": {"errors", "recipe", "data"},
     "model": {"errors", "recipe", "kernels", "model"},
     "parallel": {"errors", "recipe", "plan", "kernels", "model", "parallel"},
