@@ -16,10 +16,10 @@ RIGHT, WRONG = 1e-5, 1e-2
 """Relative: right is fp32's order of sums, wrong is at least a thousand times that."""
 
 
-def run(world, without=(), steps=3, context=1, precision="fp32", samples=8, **layout):
+def run(world, without=(), steps=3, precision="fp32", samples=8, **layout):
     """Deviations from one process, and the largest number of gathers of a parameter in each step."""
     config = recipe(parallel=layout, precision=precision, batch={"global_samples": samples})
-    ranks = world.run(parallel, config, steps, context, without)
+    ranks = world.run(parallel, config, steps, without)
     gathers = [max(counts) for counts in zip(*(outcome.gathers for outcome, _ in ranks), strict=True)]
     return deviation(reference(config, steps), ranks), gathers
 
@@ -29,6 +29,14 @@ def test_the_trace_is_compared_within_a_stage(worlds):
     assert run(worlds(4), pipeline=2, zero=3)[0]["norm"] < RIGHT
     with pytest.raises(CaseError, match="disagreement"):
         run(worlds(4), ["check_traces_within"], pipeline=2, zero=3)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_gradients_of_replicated_weights_are_summed_under_sequence_parallelism(worlds, zero):
+    """Each tensor rank sees a part of the sequence: its gradients of norms are partial."""
+    layout = {"tensor": 2, "sequence": True, "zero": zero}
+    assert run(worlds(4), **layout)[0]["gradient"] < RIGHT
+    assert run(worlds(4), ["sum_gradients"], **layout)[0]["gradient"] > WRONG
 
 
 def test_every_backward_is_announced(worlds):
@@ -82,7 +90,7 @@ def test_a_block_is_fetched_at_once(worlds):
     whole, parts = (max(worlds(2).run(fetches, config, without)) for without in ((), ("gather_whole",)))
     # Forward and backward of 4 micro-batches fetch: the chunks, the model, the backbone, embedding, 4 blocks, norm, head.
     assert whole == 2 * 4 * (6 + 4)
-    assert parts == 2 * 4 * (6 + 4 * 12)
+    assert parts == 2 * 4 * (6 + 4 * 7)  # column-parallel maps are not called as modules
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -135,7 +143,7 @@ def test_offload_needs_no_compiler(worlds, tmp_path):
     assert outcome["gradient"] < RIGHT
     assert outcome["norm"] < RIGHT
     with pytest.raises(CaseError, match="DeepSpeedCPUAdam|CPU optimizer|compil"):
-        worlds(4).run(parallel, config, 1, 1, ["torch's Adam under offload"])
+        worlds(4).run(parallel, config, 1, ["torch's Adam under offload"])
     interleaved = {"parallel": {"pipeline": 2, "virtual_stages": 2, "zero": 3}}
     with pytest.raises(ValueError, match=r"virtual_stages above 1 needs parallel\.reduce: step"):
         deepspeed_config(recipe(**interleaved, deepspeed_config="ds_configs/zero3_offload.json"))

@@ -34,8 +34,8 @@ def recipe(**sections: Any) -> Recipe:
         "model": {"preset": "nano", "hidden": 32, "ffn": 48, "vocabulary": 61},
         "tokenizer": {"path": "unused"},
         "data": {"train": "unused"},
-        "batch": {"global_samples": 8, "micro_samples": 1, "sequence_length": 12},
-        "optimizer": {"learning_rate": 1e-2, "clip": 0.5, "epsilon": 1e-8},
+        "batch": {"global_samples": 8, "micro_samples": 1, "sequence_length": 16},
+        "optimizer": {"learning_rate": 1e-2, "clip": 0.5},
         "schedule": {"steps": 3, "warmup_steps": 0},
     }
     for key, value in sections.items():
@@ -56,13 +56,15 @@ class Outcome(doctor.Outcome):
 
 
 def samples(config: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random tokens and labels [global_samples, sequence] of a step; uneven numbers of labels have no loss."""
+    """Random tokens and labels [global_samples, sequence] of a step; uneven numbers have no loss, of the second
+    sample all."""
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (config.batch.global_samples, config.batch.sequence_length)
     assert config.model.vocabulary is not None
     tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)
     labels = torch.randint(0, config.model.vocabulary, shape, generator=generator)
     lengths = torch.randint(0, config.batch.sequence_length, (shape[0], 1), generator=generator)
+    lengths[1] = shape[1]
     return tokens, labels.masked_fill(torch.arange(shape[1]) < lengths, IGNORE)
 
 
@@ -77,6 +79,18 @@ def micro_batch(config: Recipe, tokens: torch.Tensor, labels: torch.Tensor) -> M
         flat = torch.arange(batch * sequence)
         positions = (flat - starts[torch.searchsorted(starts, flat, right=True) - 1]).view(batch, sequence)
     return MicroBatch(tokens, labels, positions, cu_seqlens)
+
+
+def micro_batches(config: Recipe, mesh: Any, tokens: torch.Tensor, labels: torch.Tensor) -> list[MicroBatch]:
+    """A rank's part of a step's samples."""
+    from megacode.parallel.context import own_part
+
+    size = config.batch.micro_samples
+    firsts = range(mesh.data_rank * size, len(tokens), mesh.data * size)
+    return [
+        own_part(micro_batch(config, tokens[f : f + size], labels[f : f + size]), mesh.context, mesh.context_rank)
+        for f in firsts
+    ]
 
 
 def reference(config: Recipe, steps: int, fused: bool = False) -> Outcome:
@@ -142,12 +156,9 @@ def padding(engine: Any, name: str) -> float:
 def validation(config: Recipe, engine: Any, mesh: Any) -> float:
     """A validation in the recipe's layout, twice: the second goes by the trace that the first recorded."""
     tokens, labels = samples(config, VALIDATION_STEP)
-    size, ranks = config.batch.micro_samples, mesh.zero_size
-    rows = [slice(first + mesh.zero_rank * size, first + (mesh.zero_rank + 1) * size)
-            for first in range(0, len(tokens), ranks * size)]  # fmt: skip
     results = []
     for _ in range(2):
-        total = engine.evaluate([micro_batch(config, tokens[r], labels[r]) for r in rows])
+        total = engine.evaluate(micro_batches(config, mesh, tokens, labels))
         dist.all_reduce(total)
         results.append(float(total) / mesh.tensor)
     assert results[0] == results[1]
@@ -161,14 +172,12 @@ def _mesh(build: Any, *sizes: int) -> Any:
 
 
 def parallel(
-    config: Recipe, steps: int, context: int = 1, without: tuple[str, ...] = (), load: Path | None = None,
-    save: Path | None = None,
+    config: Recipe, steps: int, without: tuple[str, ...] = (), load: Path | None = None, save: Path | None = None,
 ) -> list[Any]:  # fmt: skip
     """A rank's part of the training in the recipe's layout; `without` names cures to leave out, see WITHOUT.
 
     Goes on from the checkpoint `load` (for `steps` more steps) and leaves the checkpoint `save`, where given.
 
-    Context ranks are fed like data ranks here (each its own samples), which is all that the engine sees of them.
     Returns [outcome, {name: Slice}], with gradients and weights of this rank's tensors, on the first data rank only.
     """
     from megacode.checkpoint import store
@@ -182,7 +191,7 @@ def parallel(
     with contextlib.ExitStack() as stack:
         for name in without:
             stack.enter_context(mock.patch(*WITHOUT[name]()))
-        mesh = _mesh(meshes.build_mesh, plan.pipeline, plan.data // context, plan.tensor, context)
+        mesh = _mesh(meshes.build_mesh, plan.pipeline, plan.data, plan.tensor, plan.context)
         engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
         progress = Progress(0, 0, 0, SEED, config.batch.sequence_length, 0)
         if load is not None:
@@ -194,15 +203,11 @@ def parallel(
         first = progress.step
         outcome, counts = Outcome(), Counter()
         stack.enter_context(count_gathers(counts))
-        size, ranks = config.batch.micro_samples, mesh.zero_size
         for step in range(first, first + steps):
             tokens, labels = samples(config, step)
             counts.clear()
-            rows = [slice((m * ranks + mesh.zero_rank) * size, (m * ranks + mesh.zero_rank + 1) * size)
-                    for m in range(plan.num_micro_batches)]  # fmt: skip
-            loss = engine.train_step(
-                [micro_batch(config, tokens[r], labels[r]) for r in rows], ranks / (labels != IGNORE).sum()
-            )
+            batches = micro_batches(config, mesh, tokens, labels)
+            loss = engine.train_step(batches, mesh.zero_size / (labels != IGNORE).sum())
             if step == first:
                 outcome.gradients = {name: engine.read(name, "gradient").float().clone() for name in engine.parameters}
             outcome.norms.append(float(engine.update(config.optimizer.learning_rate)[0]))
@@ -322,6 +327,7 @@ WITHOUT: dict[str, Any] = {
     "own_the_trace": lambda: ("megacode.engine.private.own_the_trace", _nothing),
     "gather_whole": lambda: ("megacode.engine.private.gather_whole", _nothing),
     "zero.Init_group": _world_partitions,
+    "sum_gradients": lambda: ("megacode.engine.private.sum_gradients", _nothing),
     "clear_partitions": lambda: ("megacode.engine.private.clear_partitions", _nothing),
     "keep_leftovers": lambda: ("megacode.engine.private.keep_leftovers", lambda zero: _nothing),
     "context in the data group": _data_group_without_context,
