@@ -22,6 +22,7 @@ from megacode.doctor.samples import RandomSamples, Samples
 from megacode.engine.zero import ZeroEngine, adam, start_deepspeed
 from megacode.model.layers import IGNORE, PlainLayers, Slice, initial_values, part_of
 from megacode.model.llama import Llama
+from megacode.parallel.context import own_part
 from megacode.parallel.mesh import Mesh, build_mesh
 from megacode.parallel.pipeline import MicroBatch
 from megacode.plan.layout import Layout, fit
@@ -137,17 +138,13 @@ def _batches(
     recipe: Recipe, samples: Samples, step: int, device: torch.device, mesh: Mesh | None = None
 ) -> tuple[list[MicroBatch], Tensor]:
     """A rank's micro-batches of a step (without a mesh: all of them), and how many of their labels count."""
-    batch, data, rank = recipe.batch, *((mesh.data, mesh.data_rank) if mesh else (1, 0))
+    batch = recipe.batch
+    data, rank = (mesh.data, mesh.data_rank) if mesh else (1, 0)
+    context, context_rank = (mesh.context, mesh.context_rank) if mesh else (1, 0)
     numbers = step_indices(step * batch.global_samples, batch.global_samples, batch.micro_samples, data, rank)
-    found = [_share(samples.micro_batch(each), mesh) for each in numbers]
+    found = [own_part(samples.micro_batch(each), context, context_rank) for each in numbers]
     num_valid = sum((each.labels != IGNORE).sum() for each in found)
     return [_to(each, device) for each in found], torch.as_tensor(num_valid, device=device)
-
-
-def _share(batch: MicroBatch, mesh: Mesh | None) -> MicroBatch:
-    """What a context rank has of whole sequences."""
-    assert mesh is None or mesh.context == 1, "context parallelism: here a micro-batch is cut for mesh.context_rank"
-    return batch
 
 
 def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
