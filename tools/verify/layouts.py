@@ -105,7 +105,9 @@ def _show(rows: Sequence["Row"]) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=not sys.stdout.isatty())
-    table = Table(*HEAD, title="Off one process, relative", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title="Off one process, relative", title_justify="left", box=box.SIMPLE_HEAD)
+    for head in HEAD:
+        table.add_column(head, overflow="fold")  # a parameter's name must be whole
     for row in rows:
         table.add_row(*_cells(row), style="bold red" if row.problems else None)
     console.print(table)
