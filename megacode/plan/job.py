@@ -40,6 +40,11 @@ class Job:
         return self.micro_samples * self.shape.sequence
 
     @property
+    def local_tokens(self) -> int:
+        """Tokens of one micro-batch on one context rank."""
+        return self.micro_tokens // self.layout.context
+
+    @property
     def tokens(self) -> int:
         """Tokens of one step, over all data ranks."""
         return self.micro_tokens * self.layout.num_micro_batches * self.layout.data
@@ -53,12 +58,19 @@ class Job:
         """Number of layers of each chunk of a pipeline rank."""
         return [len(stage) for stage in self.layout.stages[rank :: self.layout.pipeline]]
 
-    def parameters(self, rank: int) -> int:
-        """Parameters of one device of a pipeline rank, padding rows included."""
+    def chunk_parameters(self, rank: int) -> list[int]:
+        """Parameters of each chunk on one device of a pipeline rank, padding rows included."""
         block, tensor = self.shape.block, self.layout.tensor
         per_layer = block.matrix_parameters // tensor + block.replicated_parameters
-        ends = (rank == 0) + (rank == self.layout.pipeline - 1)
-        if self.shape.tied and self.layout.pipeline == 1:
-            ends = 1
-        last_norm = self.shape.hidden if rank == self.layout.pipeline - 1 else 0
-        return sum(self.chunk_layers(rank)) * per_layer + ends * self.vocabulary_rows * self.shape.hidden + last_norm
+        sizes = [layers * per_layer for layers in self.chunk_layers(rank)]
+        first, last = rank == 0, rank == self.layout.pipeline - 1
+        end = self.vocabulary_rows * self.shape.hidden
+        if first:
+            sizes[0] += end
+        if last:
+            sizes[-1] += self.shape.hidden + (0 if first and self.shape.tied else end)
+        return sizes
+
+    def parameters(self, rank: int) -> int:
+        """Parameters of one device of a pipeline rank, padding rows included."""
+        return sum(self.chunk_parameters(rank))
