@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megacode.errors import UserError
 from megacode.model.presets import PRESETS
 
+Recompute = Literal["none", "selective", "full"]
+"""What backward computes again instead of keeping: nothing; what is cheap to compute and large; whole blocks."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as its users write it: 3e-4 is a number (in YAML 1.1 a string, for want of a dot), no key comes twice."""
@@ -127,7 +130,7 @@ class ParallelSection(Section):
     stages: Literal["even", "weighed"] | list[int] = "even"
     """Layers of each stage: equal numbers; equal with the embedding and the head weighed as a layer each; or given by
     hand, one number a virtual stage in the model's order."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     """What backward computes again instead of keeping: nothing; norms and SwiGLU; whole blocks."""
     zero: Literal[1, 2, 3] = 1
     """ZeRO stage: 1 shards the optimizer over the data ranks, 2 the gradients too, 3 the parameters too."""

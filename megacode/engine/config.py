@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megacode.errors import UserError
+from megacode.plan.model import block_parameters
 from megacode.recipe import Recipe
 
 RECIPE_OWNS = {
@@ -61,11 +62,14 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # it would wait for the device; see DeviceSkip
         if recipe.parallel.reduce_policy == "microbatch":
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if recipe.parallel.zero == 3:
+    parallel = recipe.parallel
+    if parallel.zero == 3:
         # Kept until the step's last use, or released after each use; `auto` leaves the choice to the recipe.
-        reuse = EVERYTHING if recipe.parallel.gather_policy == "step" else 0
+        reuse = EVERYTHING if parallel.gather_policy == "step" else 0
         _fill(zero, "stage3_max_reuse_distance", reuse)
-        _fill(zero, "stage3_max_live_parameters", EVERYTHING)
+        # Of what is released after each use, one block is gathered ahead.
+        live = 2 * _block_elements(recipe) if parallel.gather_policy == "microbatch" else EVERYTHING
+        _fill(zero, "stage3_max_live_parameters", live)
         _fill(zero, "stage3_param_persistence_threshold", 0)
         zero.setdefault("stage3_prefetch_bucket_size", 50_000_000)
         zero.setdefault("memory_efficient_linear", False)  # it would replace F.linear for the whole process
@@ -74,6 +78,11 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # its CPU Adam would be compiled at start
     config.setdefault("steps_per_print", None)
     return config
+
+
+def _block_elements(recipe: Recipe) -> int:
+    """Parameters of a block on one tensor rank."""
+    return -(-block_parameters(recipe.model) // recipe.parallel.tensor)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -115,8 +124,13 @@ def _check_offload(recipe: Recipe, zero: dict[str, Any]) -> None:
     for key in ("offload_param", "offload_optimizer"):
         if (zero.get(key) or {}).get("device") == "nvme":
             raise UserError(f"{path}: zero_optimization.{key}.device nvme can't be used; say cpu")
-    # DeepSpeed copies an offloaded chunk's gradients at the step's last backward only, which is another chunk's.
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    # Below ZeRO-3 it has the norms of offloaded gradients before those of tensor ranks are summed.
+    if offload and parallel.sequence and parallel.zero < 3:
+        raise UserError(
+            f"{path}: zero_optimization.offload_optimizer with the recipe's parallel.sequence needs parallel.zero: 3"
+        )
+    # DeepSpeed copies an offloaded chunk's gradients at the step's last backward only, which is another chunk's.
     if offload and parallel.virtual_stages > 1 and parallel.reduce_policy == "microbatch":
         raise UserError(
             f"{path}: zero_optimization.offload_optimizer with the recipe's parallel.virtual_stages above 1 needs "

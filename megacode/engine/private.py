@@ -18,9 +18,11 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
+    safe_get_local_grad,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
+    safe_set_local_grad,
     safe_set_local_optimizer_state,
     set_z3_leaf_modules,
 )
@@ -293,3 +295,28 @@ def read_gradient(parameter: nn.Parameter) -> Tensor:
     gradient = safe_get_full_grad(parameter)
     assert gradient is not None
     return gradient
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], group: ProcessGroup) -> None:
+    """Sum this data rank's shares of reduced gradients over ranks that have the same shares, in one all-reduce."""
+    if not (mine := [parameter for parameter in parameters if _has_share(parameter)]):
+        return
+    shares = [_gradient_share(parameter) for parameter in mine]
+    total = torch.cat([share.float().flatten() for share in shares])
+    dist.all_reduce(total, group=group)
+    for parameter, share, value in zip(mine, shares, total.split([s.numel() for s in shares]), strict=True):
+        if hasattr(parameter, "ds_id"):
+            safe_set_local_grad(parameter, value.to(share.dtype))  # offloaded, it counts for the norm anew
+        else:
+            share.copy_(value.view(share.shape))
+
+
+def _has_share(parameter: Any) -> bool:
+    """Whether a part of the parameter's gradient is this data rank's to keep."""
+    return hasattr(parameter, "ds_id") or parameter._hp_mapping is not None
+
+
+def _gradient_share(parameter: Any) -> Tensor:
+    if hasattr(parameter, "ds_id"):
+        return safe_get_local_grad(parameter)
+    return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)

@@ -46,7 +46,7 @@ class ZeroEngine:
         dtype = DTYPES[recipe.precision]
         parallel, config = recipe.parallel, deepspeed_config(recipe)
         with _construction(parallel.zero, mesh, device, dtype, config):
-            chunks = build_chunks(recipe.model, layout, mesh, device, dtype)
+            chunks = build_chunks(recipe, layout, mesh, device, dtype)
         self.parameters = dict(chunks.global_parameters())
         self.backends = chunks.backends
         for parameter in self.parameters.values():
@@ -69,7 +69,11 @@ class ZeroEngine:
                 self._release_leftovers = private.keep_leftovers(self.zero)
         accumulate = self.reduce_once and recipe.precision == "bf16"
         self._fp32_gradients = private.Fp32Gradients(self.parameters.values()) if accumulate else None
-        self.pipeline = Pipeline(mesh, layout.virtual_stages, recipe.model.hidden, dtype, device, num_groups)
+        # Under sequence parallelism each tensor rank has the gradients of its part of the sequence.
+        self._partial = [p for p in self.parameters.values() if parallel.sequence and part_of(p).dim is None]
+        self._tensor_group = mesh.tensor_group
+        split = mesh.tensor if parallel.sequence else 1
+        self.pipeline = Pipeline(mesh, layout.virtual_stages, recipe.model.hidden, dtype, device, num_groups, split)
 
     def train_step(self, batches: list[MicroBatch], loss_scale: Tensor | float) -> Tensor:
         """Forward and backward of a step's micro-batches; gradients are reduced over the data ranks, not yet applied.
@@ -133,6 +137,10 @@ class ZeroEngine:
                 self._fp32_gradients.hand_over()
             with measure("communication"):
                 stack.close()
+        if self._partial:
+            # The sum over the data ranks and that over the tensor ranks commute: this way round it is once a step.
+            with measure("communication"):
+                private.sum_gradients(self._partial, self._tensor_group)
         self._release_leftovers()
 
     def set_optimizer_step(self, step: int) -> None:

@@ -5,8 +5,9 @@ A model asks a `Layers` for its parts and never learns how many ranks share them
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megacode.kernels import dispatch
+from megacode.model.linear import ALONE, Exchange, linears
+from megacode.recipe import Recompute
 
 IGNORE = -100
 """Label of a position without loss."""
@@ -66,8 +69,20 @@ def initial_values(name: str, part: Slice, seed: int) -> Tensor:
     return torch.empty(part.shape).normal_(0.0, part.std, generator=generator)
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm (Zhang and Sennrich 2019) of x [..., hidden]: fp32 statistics, cast back, then the weight."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020), each [..., ffn]."""
+    return F.silu(gate) * up
+
+
 class Norm(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019): fp32 statistics, cast back, then the weight."""
+    """RMSNorm with its weight."""
 
     def __init__(self, hidden: int, epsilon: float) -> None:
         super().__init__()
@@ -76,9 +91,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]"""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.epsilon)
 
 
 class Linear(nn.Module):
@@ -88,9 +101,9 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = describe(nn.Parameter(torch.empty(local_out, local_in)), part)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]"""
-        return F.linear(x, self.weight)
+    def forward(self, *inputs: Tensor, first: Callable[..., Tensor] | None = None) -> Tensor:
+        """[..., in] -> [..., out]; with `first`, of what that makes of the inputs, in backward again."""
+        return linears((self.weight,), *inputs, first=first)[0]
 
 
 class Embedding(nn.Module):
@@ -108,8 +121,8 @@ class Embedding(nn.Module):
 class Layers(Protocol):
     """The parts of a block, for one way of sharing it among ranks."""
 
-    tensor_ranks: int
-    """How many ranks share the heads and the feed-forward width."""
+    recompute: Recompute
+    """What backward computes again."""
     backends: dict[str, str]
     """Which backend computes each operation that has several."""
     rope: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -121,24 +134,24 @@ class Layers(Protocol):
         """Token ids [batch, sequence] -> [batch, sequence, hidden]."""
         ...
 
-    def column(self, inputs: int, outputs: int, std: float) -> nn.Module:
-        """A linear map whose outputs are split; its input has gone through `enter`."""
+    def column(self, inputs: int, outputs: int, std: float) -> Linear:
+        """A linear map whose outputs are split; `columns` applies it."""
         ...
 
-    def row(self, inputs: int, outputs: int, std: float) -> nn.Module:
-        """A linear map whose inputs are split; returns the whole sum."""
+    def row(self, inputs: int, outputs: int, std: float) -> Linear:
+        """A linear map whose inputs are split; returns the whole sum, or this rank's part of it along the sequence."""
         ...
 
     def head(self, hidden: int, rows: int, std: float) -> nn.Module:
-        """Hidden states that have gone through `enter` -> this rank's logits, padding left out."""
+        """Hidden states as they lie between blocks -> this rank's logits of all positions, padding left out."""
         ...
 
-    def norm(self, hidden: int, epsilon: float) -> nn.Module:
+    def norm(self, hidden: int, epsilon: float) -> Norm:
         """RMSNorm over the hidden dimension."""
         ...
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Marks where the residual stream goes into split linear maps; its backward sums their gradients."""
+    def columns(self, norm: Norm, x: Tensor, maps: Sequence[Linear]) -> tuple[Tensor, ...]:
+        """The norm of the residual stream through maps made by `column`."""
         ...
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -149,10 +162,15 @@ class Layers(Protocol):
 class PlainLayers:
     """`Layers` of one process: nothing is split."""
 
-    tensor_ranks = 1
+    exchange: Exchange = ALONE
 
-    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        device = torch.device(device)
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        recompute: Recompute = "none",
+    ) -> None:
+        device, self.recompute = torch.device(device), recompute
         choices = {name: dispatch.choose(name, device=device, dtype=dtype) for name in ("rope", "attention")}
         self.backends = {name: choice.name for name, choice in choices.items()}
         self.rope, self.attention = choices["rope"].function, choices["attention"].function
@@ -160,19 +178,24 @@ class PlainLayers:
     def embedding(self, rows: int, hidden: int, std: float) -> nn.Module:
         return Embedding(rows, hidden, Slice((rows, hidden), std))
 
-    def column(self, inputs: int, outputs: int, std: float) -> nn.Module:
+    def column(self, inputs: int, outputs: int, std: float) -> Linear:
         return Linear(outputs, inputs, Slice((outputs, inputs), std))
 
-    row = column
+    def row(self, inputs: int, outputs: int, std: float) -> Linear:
+        return Linear(outputs, inputs, Slice((outputs, inputs), std))
 
     def head(self, hidden: int, rows: int, std: float) -> nn.Module:
         return Linear(rows, hidden, Slice((rows, hidden), std))
 
-    def norm(self, hidden: int, epsilon: float) -> nn.Module:
+    def norm(self, hidden: int, epsilon: float) -> Norm:
         return Norm(hidden, epsilon)
 
-    def enter(self, x: Tensor) -> Tensor:
-        return x
+    def columns(self, norm: Norm, x: Tensor, maps: Sequence[Linear]) -> tuple[Tensor, ...]:
+        weights = [each.weight for each in maps]
+        if self.recompute == "selective":
+            again = partial(rms_norm, epsilon=norm.epsilon)
+            return linears(weights, x, norm.weight, first=again, exchange=self.exchange)
+        return linears(weights, norm(x), exchange=self.exchange)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")

@@ -6,10 +6,10 @@ Module names are those of transformers' LlamaForCausalLM: a parameter's name her
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from megacode.model.layers import Layers, PlainLayers, initial_values, part_of
+from megacode.model.layers import Layers, Norm, PlainLayers, initial_values, part_of, swiglu
 from megacode.recipe import ModelSection
 
 
@@ -25,11 +25,11 @@ class Attention(nn.Module):
         self.v_proj = layers.column(config.hidden, kv_width, config.init_std)
         self.o_proj = layers.row(config.hidden, config.hidden, config.init_std)
 
-    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """[batch, sequence, hidden] -> the same"""
-        x = self.layers.enter(x)
+    def forward(self, x: Tensor, norm: Norm, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Of the norm of x: [batch, sequence, hidden] -> the same"""
+        maps = self.layers.columns(norm, x, (self.q_proj, self.k_proj, self.v_proj))
         # [batch, sequence, this rank's heads or kv_heads, head_dim]
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in maps)
         q, k = self.layers.rope(q, k, positions, self.theta)
         return self.o_proj(self.layers.attention(q, k, v, cu_seqlens).flatten(-2))
 
@@ -44,10 +44,12 @@ class MLP(nn.Module):
         self.up_proj = layers.column(config.hidden, config.ffn, config.init_std)
         self.down_proj = layers.row(config.ffn, config.hidden, config.init_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, sequence, hidden] -> the same"""
-        x = self.layers.enter(x)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:
+        """Of the norm of x: [batch, sequence, hidden] -> the same"""
+        gate, up = self.layers.columns(norm, x, (self.gate_proj, self.up_proj))
+        if self.layers.recompute == "selective":
+            return self.down_proj(gate, up, first=swiglu)
+        return self.down_proj(swiglu(gate, up))
 
 
 class Block(nn.Module):
@@ -55,6 +57,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelSection, layers: Layers) -> None:
         super().__init__()
+        self.checkpointed = layers.recompute == "full"
         self.input_layernorm = layers.norm(config.hidden, config.norm_epsilon)
         self.self_attn = Attention(config, layers)
         self.post_attention_layernorm = layers.norm(config.hidden, config.norm_epsilon)
@@ -62,8 +65,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """[batch, sequence, hidden] -> the same"""
-        x = x + self.self_attn(self.input_layernorm(x), positions, cu_seqlens)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if self.checkpointed and torch.is_grad_enabled():
+            # Inside of the module, so that ZeRO-3's hooks on it stay outside of what runs twice.
+            return checkpoint(self._run, x, positions, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, positions, cu_seqlens)
+
+    def _run(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        x = x + self.self_attn(x, self.input_layernorm, positions, cu_seqlens)
+        return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Backbone(nn.Module):
@@ -125,7 +134,7 @@ class Llama(nn.Module):
         x = self.model(x, positions, cu_seqlens)
         if self.lm_head is None:
             return x
-        logits = self.lm_head(self.parts.enter(x))
+        logits = self.lm_head(x)
         return logits if labels is None else self.parts.loss(logits, labels)
 
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from megacode.model.layers import Layers, PlainLayers
+from megacode.model.layers import PlainLayers
 from megacode.model.llama import Llama
+from megacode.parallel.context import ContextAttention
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.tensor import TensorLayers
 from megacode.plan.layout import Layout
-from megacode.recipe import ModelSection
+from megacode.recipe import Recipe
 
 
 class Chunks(nn.Module):
@@ -32,13 +33,20 @@ class Chunks(nn.Module):
             yield from chunk.named_parameters()
 
 
-def build_chunks(config: ModelSection, layout: Layout, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Chunks:
+def build_chunks(recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Chunks:
     """This rank's chunks, weights uninitialised. The caller sets default device and dtype, or zero.Init, around it."""
-    layers: Layers = TensorLayers(mesh, device, dtype) if mesh.tensor > 1 else PlainLayers(device, dtype)
+    recompute, split_sequence = recipe.parallel.recompute, recipe.parallel.sequence
+    layers = (
+        TensorLayers(mesh, device, dtype, recompute, split_sequence)
+        if mesh.tensor > 1
+        else PlainLayers(device, dtype, recompute)
+    )
+    if mesh.context > 1:
+        layers.attention = ContextAttention(mesh.context_group, layers.attention)
     num_stages = len(layout.stages)
     return Chunks(
         [
-            Llama(config, layers, layout.stages[stage], first=stage == 0, last=stage == num_stages - 1)
+            Llama(recipe.model, layers, layout.stages[stage], first=stage == 0, last=stage == num_stages - 1)
             for stage in range(mesh.pipeline_rank, num_stages, mesh.pipeline)
         ],
         layers.backends,

@@ -1,4 +1,9 @@
-"""The autograd pairs of tensor parallelism (Shoeybi et al. 2019, section 3: the functions f and g)."""
+"""What tensor ranks exchange, as autograd functions and around linear maps.
+
+Shoeybi et al. 2019, section 3: the functions f (identity, its backward sums) and g (sum, its backward is the identity).
+With sequence parallelism (Korthikanti et al. 2022, section 4.2.2) f becomes an all-gather along the sequence whose
+backward is a reduce-scatter, and g the reverse: the same bytes, and what lies between is split.
+"""
 
 from typing import Any
 
@@ -8,43 +13,94 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megacode.model.linear import Wait
 from megacode.parallel.phases import measure
 
 
-class _Copy(torch.autograd.Function):
+def start_sum(x: Tensor, group: ProcessGroup) -> Wait:
+    """Start an all-reduce of a copy of x."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    work = dist.all_reduce(total, group=group, async_op=True)
+    return lambda: _finish(work, total)
+
+
+def start_gather(x: Tensor, group: ProcessGroup) -> Wait:
+    """Start an all-gather of x [batch, part of the sequence, ...] -> [batch, sequence, ...]."""
+    x, ranks = x.contiguous(), group.size()
+    parts = x.new_empty(ranks, *x.shape)
+    work = dist.all_gather_into_tensor(parts.flatten(0, 1), x, group=group, async_op=True)
+    return lambda: _finish(work, parts).transpose(0, 1).flatten(1, 2)
+
+
+def start_scatter_sum(x: Tensor, group: ProcessGroup) -> Wait:
+    """Start a reduce-scatter of x [batch, sequence, ...] -> [batch, part of the sequence, ...]."""
+    parts = x.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()  # [ranks, batch, part, ...]
+    mine = torch.empty_like(parts[0])
+    work = dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=group, async_op=True)
+    return lambda: _finish(work, mine, parts)
+
+
+def _finish(work: dist.Work | None, result: Tensor, *alive: Tensor) -> Tensor:
+    """Wait for `work`; `alive` are tensors that it reads."""
+    assert work is not None
+    with measure("communication"):
+        work.wait()
+    return result
+
+
+class Replicated:
+    """The exchange around column-parallel maps whose input every tensor rank holds."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def collect(self, x: Tensor) -> Wait:
+        return lambda: x
+
+    def spread(self, grad: Tensor) -> Wait:
+        return start_sum(grad, self.group)
+
+
+class SplitSequence:
+    """The exchange around column-parallel maps of whose input each tensor rank holds a part of the sequence."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def collect(self, x: Tensor) -> Wait:
+        return start_gather(x, self.group)
+
+    def spread(self, grad: Tensor) -> Wait:
+        return start_scatter_sum(grad, self.group)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        return start_sum(x, group)()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return x.view_as(x)
+        return start_scatter_sum(x, group)()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        with measure("communication"):
-            dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return start_gather(grad, ctx.group)(), None
 
 
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        with measure("communication"):
-            dist.all_reduce(x, group=group)
-        return x
+def sum_over_tensor_ranks(x: Tensor, group: ProcessGroup, split_sequence: bool) -> Tensor:
+    """Where partial sums [batch, sequence, hidden] become the residual stream.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def copy_to_tensor_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
-    """f: identity forward, all-reduce backward. Where a replicated tensor enters split computation."""
-    return _Copy.apply(x, group)
-
-
-def reduce_from_tensor_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
-    """g: all-reduce forward, identity backward. Where partial sums become a replicated tensor."""
-    return _Reduce.apply(x, group)
+    The whole sum on every rank; its backward is the identity. With `split_sequence` each rank's part of it,
+    [batch, sequence / ranks, hidden]; its backward is an all-gather.
+    """
+    return _ScatterSum.apply(x, group) if split_sequence else _Sum.apply(x, group)

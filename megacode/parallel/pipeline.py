@@ -106,7 +106,10 @@ class Pipeline:
         dtype: torch.dtype,
         device: torch.device,
         num_groups: int = 1,
+        split_sequence: int = 1,
     ) -> None:
+        """`split_sequence`: ranks that share the sequence of a hidden state between stages (sequence parallelism)."""
+        self.split_sequence = split_sequence
         self.mesh, self.virtual_stages, self.num_groups = mesh, virtual_stages, num_groups
         self.hidden, self.dtype, self.device = hidden, dtype, device
         self.num_stages = mesh.pipeline * virtual_stages
@@ -215,7 +218,9 @@ class Pipeline:
         if stage == (0 if step == 1 else self.num_stages - 1):
             return None, None
         batch, sequence = batches[following.micro_batch].tokens.shape
-        received = torch.empty(batch, sequence, self.hidden, dtype=self.dtype, device=self.device)
+        received = torch.empty(
+            batch, sequence // self.split_sequence, self.hidden, dtype=self.dtype, device=self.device
+        )
         peer, tag = self._peer(-step), self._tag(step, stage, following, len(batches))
         return received, dist.irecv(received, peer, group=self.mesh.edges[peer, self.mesh.rank], tag=tag)
 

@@ -1,5 +1,6 @@
-"""`Layers` for tensor parallelism: column, row and vocabulary-parallel layers, and the vocabulary-parallel loss."""
+"""`Layers` for tensor and sequence parallelism: column, row and vocabulary-parallel layers and loss."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,45 +11,53 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megacode.model.layers import IGNORE, Embedding, Linear, PlainLayers, Slice, part_of
-from megacode.parallel.collectives import copy_to_tensor_ranks, reduce_from_tensor_ranks
+from megacode.model.linear import Exchange, linears
+from megacode.parallel.collectives import Replicated, SplitSequence, sum_over_tensor_ranks
 from megacode.parallel.mesh import Mesh
+from megacode.parallel.phases import measure
 from megacode.plan.layout import vocabulary_rows
+from megacode.recipe import Recompute
 
 
 class RowLinear(Linear):
     """A linear map whose inputs are split: partial products, summed over the tensor ranks."""
 
-    def __init__(self, local_out: int, local_in: int, part: Slice, group: ProcessGroup) -> None:
+    def __init__(self, local_out: int, local_in: int, part: Slice, group: ProcessGroup, split_sequence: bool) -> None:
         super().__init__(local_out, local_in, part)
-        self.group = group
+        self.group, self.split_sequence = group, split_sequence
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., this rank's inputs] -> [..., out]"""
-        return reduce_from_tensor_ranks(super().forward(x), self.group)
+    def forward(self, *inputs: Tensor, first: Callable[..., Tensor] | None = None) -> Tensor:
+        """[batch, sequence, this rank's inputs] -> [batch, sequence or this rank's part of it, out]"""
+        return sum_over_tensor_ranks(super().forward(*inputs, first=first), self.group, self.split_sequence)
 
 
 class VocabularyEmbedding(Embedding):
     """An embedding whose rows are split: tokens of other ranks give zeros, then the sum over the tensor ranks."""
 
-    def __init__(self, rows: int, hidden: int, part: Slice, group: ProcessGroup) -> None:
+    def __init__(self, rows: int, hidden: int, part: Slice, group: ProcessGroup, split_sequence: bool) -> None:
         super().__init__(rows, hidden, part)
-        self.group = group
+        self.group, self.split_sequence = group, split_sequence
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[batch, sequence] -> [batch, sequence, hidden]"""
+        """[batch, sequence] -> [batch, sequence or this rank's part of it, hidden]"""
         part = part_of(self.weight)
         foreign = (tokens < part.start) | (tokens >= part.stop)
         rows = F.embedding((tokens - part.start).masked_fill(foreign, 0), self.weight)
-        return reduce_from_tensor_ranks(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.group)
+        return sum_over_tensor_ranks(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.group, self.split_sequence)
 
 
 class VocabularyHead(Linear):
     """The head whose rows are split; logits of padding rows are dropped before anyone sees them."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> [..., this rank's rows of the vocabulary]"""
+    def __init__(self, local_out: int, local_in: int, part: Slice, exchange: Exchange) -> None:
+        super().__init__(local_out, local_in, part)
+        self.exchange = exchange
+
+    def forward(self, *inputs: Tensor, first: Callable[..., Tensor] | None = None) -> Tensor:
+        """[batch, sequence or this rank's part of it, hidden] -> [batch, sequence, this rank's rows]"""
         part = part_of(self.weight)
-        return super().forward(x)[..., : part.stop - part.start]
+        (logits,) = linears((self.weight,), *inputs, first=first, exchange=self.exchange)
+        return logits[..., : part.stop - part.start]
 
 
 class _VocabularyLoss(torch.autograd.Function):
@@ -59,7 +68,8 @@ class _VocabularyLoss(torch.autograd.Function):
         ctx.dtype = logits.dtype
         logits = logits.float()  # [tokens, this rank's rows]
         largest = logits.amax(-1)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        with measure("communication"):
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         logits = logits - largest.unsqueeze(-1)
         ignored = labels == IGNORE
         local = labels - start
@@ -68,7 +78,8 @@ class _VocabularyLoss(torch.autograd.Function):
         target = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(foreign, 0.0)
         exponentials = logits.exp_()
         sums = torch.stack([exponentials.sum(-1), target])  # [2, tokens]
-        dist.all_reduce(sums, group=group)
+        with measure("communication"):
+            dist.all_reduce(sums, group=group)
         ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), local, foreign, ignored)
         return (sums[0].log() - sums[1]).masked_fill(ignored, 0.0)  # [tokens]
 
@@ -83,43 +94,55 @@ class _VocabularyLoss(torch.autograd.Function):
 
 
 class TensorLayers(PlainLayers):
-    """`Layers` that the ranks of `mesh.tensor_group` share. Norms are replicated: their gradients come out equal."""
+    """`Layers` that the ranks of `mesh.tensor_group` share.
 
-    def __init__(self, mesh: Mesh, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(device, dtype)
-        self.group, self.rank, self.tensor_ranks = mesh.tensor_group, mesh.tensor_rank, mesh.tensor
+    Norms are replicated. Without sequence parallelism their gradients come out equal on all ranks; with it each rank
+    has that of its part of the sequence, and the engine sums them.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        recompute: Recompute = "none",
+        split_sequence: bool = False,
+    ) -> None:
+        super().__init__(device, dtype, recompute)
+        self.group, self.rank, self.ranks = mesh.tensor_group, mesh.tensor_rank, mesh.tensor
+        self.split_sequence = split_sequence
+        self.exchange = SplitSequence(self.group) if split_sequence else Replicated(self.group)
         self._head_start = 0
 
     def _split(self, size: int) -> tuple[int, int]:
         """(start, stop) of this rank's equal part."""
-        assert size % self.tensor_ranks == 0, "the plan refuses what can't be split"
-        local = size // self.tensor_ranks
+        assert size % self.ranks == 0, "the plan refuses what can't be split"
+        local = size // self.ranks
         return self.rank * local, (self.rank + 1) * local
 
     def _rows(self, vocabulary: int) -> tuple[int, int, int]:
         """(rows with padding, start, stop) of this rank's part of the vocabulary."""
-        rows = vocabulary_rows(vocabulary, self.tensor_ranks)
+        rows = vocabulary_rows(vocabulary, self.ranks)
         return rows, self.rank * rows, min((self.rank + 1) * rows, vocabulary)
 
     def embedding(self, rows: int, hidden: int, std: float) -> nn.Module:
         padded, start, stop = self._rows(rows)
-        return VocabularyEmbedding(padded, hidden, Slice((rows, hidden), std, 0, start, stop), self.group)
+        part = Slice((rows, hidden), std, 0, start, stop)
+        return VocabularyEmbedding(padded, hidden, part, self.group, self.split_sequence)
 
-    def column(self, inputs: int, outputs: int, std: float) -> nn.Module:
+    def column(self, inputs: int, outputs: int, std: float) -> Linear:
         start, stop = self._split(outputs)
         return Linear(stop - start, inputs, Slice((outputs, inputs), std, 0, start, stop))
 
-    def row(self, inputs: int, outputs: int, std: float) -> nn.Module:
+    def row(self, inputs: int, outputs: int, std: float) -> Linear:
         start, stop = self._split(inputs)
-        return RowLinear(outputs, stop - start, Slice((outputs, inputs), std, 1, start, stop), self.group)
+        part = Slice((outputs, inputs), std, 1, start, stop)
+        return RowLinear(outputs, stop - start, part, self.group, self.split_sequence)
 
     def head(self, hidden: int, rows: int, std: float) -> nn.Module:
         padded, start, stop = self._rows(rows)
         self._head_start = start
-        return VocabularyHead(padded, hidden, Slice((rows, hidden), std, 0, start, stop))
-
-    def enter(self, x: Tensor) -> Tensor:
-        return copy_to_tensor_ranks(x, self.group)
+        return VocabularyHead(padded, hidden, Slice((rows, hidden), std, 0, start, stop), self.exchange)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         losses = _VocabularyLoss.apply(logits.flatten(0, 1), labels.flatten(), self._head_start, self.group)

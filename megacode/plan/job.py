@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megacode.plan.layout import Layout
-from megacode.plan.shape import Recompute, Shape
+from megacode.plan.shape import Shape
+from megacode.recipe import Recompute
 
 Offload = Literal["none", "optimizer", "all"]
 """What lies in the host's memory: nothing, masters and moments, or parameters too."""

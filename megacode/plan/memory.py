@@ -14,8 +14,8 @@ from megacode.engine.config import deepspeed_config
 from megacode.parallel.schedule import one_f_one_b
 from megacode.plan.job import Job, Offload
 from megacode.plan.layout import Layout, vocabulary_rows
-from megacode.plan.shape import Recompute, llama
-from megacode.recipe import Recipe
+from megacode.plan.shape import llama
+from megacode.recipe import Recipe, Recompute
 
 SUB_GROUP_ELEMENTS = 10**9
 """DeepSpeed's sub_group_size: ZeRO-3 updates so many elements of its partition at a time."""

@@ -7,10 +7,7 @@ of the published tables (`gpt`: Korthikanti et al. 2022, section 4.1), so that o
 from dataclasses import dataclass
 from typing import Literal
 
-from megacode.recipe import ModelSection
-
-Recompute = Literal["none", "selective", "full"]
-"""What backward computes again instead of keeping: nothing; what is cheap to compute and large; whole blocks."""
+from megacode.recipe import ModelSection, Recompute
 
 NONE_AND_SELECTIVE: tuple[Recompute, ...] = ("none", "selective")
 

@@ -19,6 +19,7 @@ from megacode.data.stream import MicroBatch as HostBatch
 from megacode.data.stream import TrainStream, ValidationStream, step_indices
 from megacode.engine.zero import ZeroEngine
 from megacode.model.layers import IGNORE, part_of
+from megacode.parallel.context import own_part
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.phases import Recorder, measure
 from megacode.parallel.pipeline import MicroBatch
@@ -201,12 +202,12 @@ class Trainer:
     def _batches(
         self, read: Callable[[list[int]], HostBatch], first: int, count: int
     ) -> tuple[list[MicroBatch], torch.Tensor]:
-        """This data rank's micro-batches of samples first..first+count-1, and how many labels of all data ranks count,
-        by group: 2 * source + whether the label belongs to an infilling document.
+        """This rank's micro-batches of samples first..first+count-1, and how many labels of all data and context ranks
+        count, by group: 2 * source + whether the label belongs to an infilling document.
         """
         mesh, micro = self.mesh, self.recipe.batch.micro_samples
-        indices = step_indices(first, count, micro, mesh.zero_size, mesh.zero_rank)
-        host = [read(numbers) for numbers in indices]
+        indices = step_indices(first, count, micro, mesh.data, mesh.data_rank)
+        host = [own_part(read(numbers), mesh.context, mesh.context_rank) for numbers in indices]
         groups = [2 * batch.sources[:, None] + batch.infilled for batch in host]
         counts = sum(
             np.bincount(group[batch.labels != IGNORE], minlength=2 * len(self.stream.sources))

@@ -21,7 +21,7 @@ def config(tmp_path, **layout):
 def saved(worlds, tmp_path):
     """A checkpoint after two steps, from eight processes."""
     folder = step_folder(tmp_path, 2)
-    worlds(8).run(parallel, config(tmp_path, **SAVED), 2, 1, (), None, folder)
+    worlds(8).run(parallel, config(tmp_path, **SAVED), 2, (), None, folder)
     return folder
 
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_is_the_whole_model(saved, tmp_path):
 def test_any_layout_goes_on_from_it(worlds, saved, tmp_path, world_size, layout):
     straight = reference(config(tmp_path), 4)
     straight.losses, straight.norms = straight.losses[2:], straight.norms[2:]
-    ranks = worlds(world_size).run(parallel, config(tmp_path, **layout), 2, 1, (), saved)
+    ranks = worlds(world_size).run(parallel, config(tmp_path, **layout), 2, (), saved)
     for outcome, _ in ranks:
         outcome.gradients.clear()  # the reference keeps those of its own first step
     outcome = deviation(straight, ranks)
@@ -69,8 +69,8 @@ def test_any_layout_goes_on_from_it(worlds, saved, tmp_path, world_size, layout)
 def test_the_same_layout_goes_on_bit_for_bit(worlds, tmp_path, precision):
     layout = config(tmp_path, tensor=2, pipeline=2, zero=3).model_copy(update={"precision": precision})
     folder = tmp_path / "half"
-    worlds(8).run(parallel, layout, 2, 1, (), None, folder)
-    resumed = worlds(8).run(parallel, layout, 2, 1, (), folder)
+    worlds(8).run(parallel, layout, 2, (), None, folder)
+    resumed = worlds(8).run(parallel, layout, 2, (), folder)
     straight = worlds(8).run(parallel, layout, 4)
     for (have, _), (want, _) in zip(resumed, straight, strict=True):
         assert have.losses == want.losses[2:]
@@ -85,7 +85,7 @@ def test_adams_step_count_is_restored(worlds, saved, tmp_path):
     manifest = json.loads((saved / "manifest.json").read_text())
     manifest["progress"]["adam_step"] = 0
     (saved / "manifest.json").write_text(json.dumps(manifest))
-    ranks = worlds(2).run(parallel, config(tmp_path), 2, 1, (), saved)
+    ranks = worlds(2).run(parallel, config(tmp_path), 2, (), saved)
     outcome, parts = ranks[0]
     worst = max(float((outcome.weights[n] - p.take(straight.weights[n])).abs().max()) for n, p in parts.items())
     assert worst > 1e-3
@@ -128,5 +128,5 @@ def test_a_rank_that_cannot_write_stops_all_with_its_reason(worlds, tmp_path):
     folder = step_folder(tmp_path, 1)
     broken = config(tmp_path, pipeline=2).model_copy(update={"tokenizer": recipe().tokenizer})  # its file is missing
     with pytest.raises(AssertionError, match=r"rank 1:(.|\n)*could not be written: FileNotFoundError"):
-        worlds(2).run(parallel, broken, 1, 1, (), None, folder)
+        worlds(2).run(parallel, broken, 1, (), None, folder)
     assert newest(tmp_path) is None

@@ -16,10 +16,10 @@ RIGHT, WRONG = 1e-5, 1e-2
 """Relative: right is fp32's order of sums, wrong is at least a thousand times that."""
 
 
-def run(world, without=(), steps=3, context=1, precision="fp32", samples=8, **layout):
+def run(world, without=(), steps=3, precision="fp32", samples=8, **layout):
     """Deviations from one process, and the largest number of gathers of a parameter in each step."""
     config = recipe(parallel=layout, precision=precision, batch={"global_samples": samples})
-    ranks = world.run(parallel, config, steps, context, without)
+    ranks = world.run(parallel, config, steps, without)
     gathers = [max(counts) for counts in zip(*(outcome.gathers for outcome, _ in ranks), strict=True)]
     return deviation(reference(config, steps), ranks), gathers
 
@@ -135,7 +135,7 @@ def test_offload_needs_no_compiler(worlds, tmp_path):
     assert outcome["gradient"] < RIGHT
     assert outcome["norm"] < RIGHT
     with pytest.raises(CaseError, match="DeepSpeedCPUAdam|CPU optimizer|compil"):
-        worlds(4).run(parallel, config, 1, 1, ["torch's Adam under offload"])
+        worlds(4).run(parallel, config, 1, ["torch's Adam under offload"])
     interleaved = {"parallel": {"pipeline": 2, "virtual_stages": 2, "zero": 3}}
     with pytest.raises(ValueError, match=r"virtual_stages above 1 needs parallel\.reduce: step"):
         deepspeed_config(recipe(**interleaved, deepspeed_config="ds_configs/zero3_offload.json"))

@@ -33,7 +33,7 @@ def recipe(**sections: Any) -> Recipe:
         "model": {"preset": "nano", "hidden": 32, "ffn": 48, "vocabulary": 61},
         "tokenizer": {"path": "unused"},
         "data": {"train": "unused"},
-        "batch": {"global_samples": 8, "micro_samples": 1, "sequence_length": 12},
+        "batch": {"global_samples": 8, "micro_samples": 1, "sequence_length": 16},
         "optimizer": {"learning_rate": 1e-2, "clip": 0.5, "epsilon": 1e-8},
         "schedule": {"steps": 3, "warmup_steps": 0},
     }
@@ -80,6 +80,18 @@ def micro_batch(config: Recipe, tokens: torch.Tensor, labels: torch.Tensor) -> M
         flat = torch.arange(batch * sequence)
         positions = (flat - starts[torch.searchsorted(starts, flat, right=True) - 1]).view(batch, sequence)
     return MicroBatch(tokens, labels, positions, cu_seqlens)
+
+
+def micro_batches(config: Recipe, mesh: Any, tokens: torch.Tensor, labels: torch.Tensor) -> list[MicroBatch]:
+    """A rank's part of a step's samples."""
+    from megacode.parallel.context import own_part
+
+    size = config.batch.micro_samples
+    firsts = range(mesh.data_rank * size, len(tokens), mesh.data * size)
+    return [
+        own_part(micro_batch(config, tokens[f : f + size], labels[f : f + size]), mesh.context, mesh.context_rank)
+        for f in firsts
+    ]
 
 
 def reference(config: Recipe, steps: int, fused: bool = False) -> Outcome:
@@ -145,12 +157,9 @@ def padding(engine: Any, name: str) -> float:
 def validation(config: Recipe, engine: Any, mesh: Any) -> float:
     """A validation in the recipe's layout, twice: the second goes by the trace that the first recorded."""
     tokens, labels = samples(config, VALIDATION_STEP)
-    size, ranks = config.batch.micro_samples, mesh.zero_size
-    rows = [slice(first + mesh.zero_rank * size, first + (mesh.zero_rank + 1) * size)
-            for first in range(0, len(tokens), ranks * size)]  # fmt: skip
     results = []
     for _ in range(2):
-        total = engine.evaluate([micro_batch(config, tokens[r], labels[r]) for r in rows])
+        total = engine.evaluate(micro_batches(config, mesh, tokens, labels))
         dist.all_reduce(total)
         results.append(float(total) / mesh.tensor)
     assert results[0] == results[1]
@@ -164,14 +173,12 @@ def _mesh(build: Any, *sizes: int) -> Any:
 
 
 def parallel(
-    config: Recipe, steps: int, context: int = 1, without: tuple[str, ...] = (), load: Path | None = None,
-    save: Path | None = None,
+    config: Recipe, steps: int, without: tuple[str, ...] = (), load: Path | None = None, save: Path | None = None,
 ) -> list[Any]:  # fmt: skip
     """A rank's part of the training in the recipe's layout; `without` names cures to leave out, see WITHOUT.
 
     Goes on from the checkpoint `load` (for `steps` more steps) and leaves the checkpoint `save`, where given.
 
-    Context ranks are fed like data ranks here (each its own samples), which is all that the engine sees of them.
     Returns [outcome, {name: Slice}], with gradients and weights of this rank's tensors, on the first data rank only.
     """
     from megacode.checkpoint import store
@@ -185,7 +192,7 @@ def parallel(
     with contextlib.ExitStack() as stack:
         for name in without:
             stack.enter_context(mock.patch(*WITHOUT[name]()))
-        mesh = _mesh(meshes.build_mesh, plan.pipeline, plan.data // context, plan.tensor, context)
+        mesh = _mesh(meshes.build_mesh, plan.pipeline, plan.data, plan.tensor, plan.context)
         engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
         progress = Progress(0, 0, 0, SEED, config.batch.sequence_length, 0)
         if load is not None:
@@ -197,15 +204,11 @@ def parallel(
         first = progress.step
         outcome, counts = Outcome(), Counter()
         stack.enter_context(count_gathers(counts))
-        size, ranks = config.batch.micro_samples, mesh.zero_size
         for step in range(first, first + steps):
             tokens, labels = samples(config, step)
             counts.clear()
-            rows = [slice((m * ranks + mesh.zero_rank) * size, (m * ranks + mesh.zero_rank + 1) * size)
-                    for m in range(plan.num_micro_batches)]  # fmt: skip
-            loss = engine.train_step(
-                [micro_batch(config, tokens[r], labels[r]) for r in rows], ranks / (labels != IGNORE).sum()
-            )
+            batches = micro_batches(config, mesh, tokens, labels)
+            loss = engine.train_step(batches, mesh.zero_size / (labels != IGNORE).sum())
             if step == first:
                 outcome.gradients = {name: engine.read(name, "gradient").float().clone() for name in engine.parameters}
             outcome.norms.append(float(engine.update(config.optimizer.learning_rate)[0]))
