@@ -1,7 +1,7 @@
-"""What a rank exchanges in a step: how many calls and bytes, by axis and kind. Formulas: docs/plan.md, "Communication".
+"""What a rank exchanges in a step: calls and bytes, by axis and kind. Formulas: docs/plan.md, "Communication".
 
-Pure arithmetic over a Job. A test counts what really goes over the wire and compares (tests/dist/test_communication.py).
-Left out is what does not grow with the model or the batch: norms, losses and label counts, a few small all-reduces a step.
+Pure arithmetic over a Job; tests/dist/test_communication.py counts what really goes over the wire. Left out is what
+does not grow with the model or the batch: norms, losses and label counts, a few small all-reduces a step.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,7 +36,7 @@ class Exchange:
 
     @property
     def sent_bytes(self) -> float:
-        """What leaves the rank, rings taken: (n - 1) / n of the whole for a gather or a scatter, twice that for both."""
+        """What leaves the rank in a ring: (n - 1) / n of the whole for a gather or a scatter, twice that for both."""
         others = self.ranks - 1
         factors = {"all-reduce": 2 * others / self.ranks, "all-gather": others, "reduce-scatter": others / self.ranks}
         return self.bytes * {"send": 1, "receive": 0, **factors}[self.kind]
@@ -85,16 +85,16 @@ def layer_exchanges(job: Job, direction: Pass) -> list[Exchange]:
 
 
 def end_exchanges(job: Job, first: bool, last: bool, backward: bool) -> list[Exchange]:
-    """What tensor ranks exchange in one micro-batch's pass through embedding, head and loss, as far as a rank has them.
+    """What tensor ranks exchange in one micro-batch's pass through embedding, head and loss, where a rank has them.
 
-    The embedding's sum, the gradient of the head's input, and two small all-reduces of the loss: fp32, a maximum and two
-    sums a token.
+    The embedding's sum, the gradient of the head's input, and of the loss two all-reduces in fp32: of a token's
+    maximum, and of two sums.
     """
     found = []
     if first:
         found += _maps(job, int(not backward), gathers=int(backward))
     if last:
-        found += _maps(job, int(backward), gathers=2 if backward else 1)
+        found += _maps(job, int(backward), gathers=1)
         if not backward and job.layout.tensor > 1:
             found.append(Exchange("loss", "tensor", "all-reduce", job.layout.tensor, 2, 12 * job.local_tokens))
     return found

@@ -202,10 +202,8 @@ class Cost:
             return 0.0
         rank = max(range(layout.pipeline), key=job.parameters)
         bus = self._bus(layout.zero_size, layout.tensor)
-        reduction, gather = (
-            exchange.sent_bytes / bus
-            for exchange in (communication.reduction(job, rank), communication.gather(job, rank))
-        )
+        reduction = communication.reduction(job, rank).sent_bytes / bus
+        gather = communication.gather(job, rank).sent_bytes / bus
         forward, backward = (part.total for part in self._work[rank])
         batches = layout.num_micro_batches
         times = 1 if job.reduce == "step" else batches

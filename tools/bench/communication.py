@@ -41,7 +41,14 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"zero": 3}),
     (2, {"zero": 3, "reduce": "step"}),
     (2, {"zero": 3, "gather": "microbatch"}),
+    (2, {"tensor": 2, "sequence": True}),
+    (2, {"tensor": 2, "recompute": "full"}),
+    (2, {"tensor": 2, "sequence": True, "recompute": "full"}),
+    (2, {"context": 2}),
+    (2, {"context": 2, "recompute": "full"}),
+    (4, {"tensor": 2, "sequence": True, "zero": 2}),
     (8, {"tensor": 2, "pipeline": 2, "zero": 3}),
+    (8, {"tensor": 2, "sequence": True, "context": 2, "pipeline": 2, "zero": 3}),
 ]
 """Processes and the recipe's section `parallel`."""
 
@@ -72,6 +79,7 @@ def count_step(recipe: Recipe, mesh: Mesh) -> list[Call]:
 
     from megacode.engine.zero import ZeroEngine, start_deepspeed
     from megacode.model.layers import initial_values, part_of
+    from megacode.parallel.context import own_part
     from megacode.parallel.traffic import Traffic
 
     start_deepspeed()
@@ -81,7 +89,8 @@ def count_step(recipe: Recipe, mesh: Mesh) -> list[Call]:
         part = part_of(parameter)
         zero.write(name, part.take(initial_values(name, part, recipe.seed)))
     for number in range(STEPS):
-        batches = [micro_batch(*batch) for batch in step_batches(recipe, number, mesh.zero_rank, mesh.zero_size)]
+        whole = [micro_batch(*batch) for batch in step_batches(recipe, number, mesh.data_rank, mesh.data)]
+        batches = [own_part(batch, mesh.context, mesh.context_rank) for batch in whole]
         with Traffic(mesh) as traffic:
             zero.train_step(batches, 1e-4)
             zero.update(recipe.optimizer.learning_rate)
@@ -113,7 +122,7 @@ def compare(calls: Iterable[Call], planned: list[Exchange]) -> list[Row]:
 def compare_ranks(recipe: Recipe, ranks: list[list[Call]]) -> list[list[Row]]:
     """`compare` for each rank of a world that ran the recipe."""
     layout = fit(recipe, len(ranks))
-    job = recipe_job(recipe, layout)
+    job = recipe_job(recipe, layout, recipe.parallel.recompute, recipe.parallel.sequence)
     per_stage = len(ranks) // layout.pipeline
     return [compare(calls, exchanges(job, rank // per_stage)) for rank, calls in enumerate(ranks)]
 
