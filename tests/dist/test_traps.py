@@ -31,6 +31,14 @@ def test_the_trace_is_compared_within_a_stage(worlds):
         run(worlds(4), ["check_traces_within"], pipeline=2, zero=3)
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_gradients_of_replicated_weights_are_summed_under_sequence_parallelism(worlds, zero):
+    """Each tensor rank sees a part of the sequence: its gradients of norms are partial."""
+    layout = {"tensor": 2, "sequence": True, "zero": zero}
+    assert run(worlds(4), **layout)[0]["gradient"] < RIGHT
+    assert run(worlds(4), ["sum_gradients"], **layout)[0]["gradient"] > WRONG
+
+
 def test_every_backward_is_announced(worlds):
     """The first two backwards of a step without a forward between them overwrite gradients."""
     layout = {"pipeline": 2, "zero": 3, "samples": 4}

@@ -59,13 +59,15 @@ class Outcome:
 
 
 def samples(config: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random tokens and labels [global_samples, sequence] of a step; uneven numbers of labels have no loss."""
+    """Random tokens and labels [global_samples, sequence] of a step; uneven numbers have no loss, of the second
+    sample all."""
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (config.batch.global_samples, config.batch.sequence_length)
     assert config.model.vocabulary is not None
     tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)
     labels = torch.randint(0, config.model.vocabulary, shape, generator=generator)
     lengths = torch.randint(0, config.batch.sequence_length, (shape[0], 1), generator=generator)
+    lengths[1] = shape[1]
     return tokens, labels.masked_fill(torch.arange(shape[1]) < lengths, IGNORE)
 
 
@@ -328,6 +330,7 @@ WITHOUT: dict[str, Any] = {
     "own_the_trace": lambda: ("megacode.engine.private.own_the_trace", _nothing),
     "gather_whole": lambda: ("megacode.engine.private.gather_whole", _nothing),
     "zero.Init_group": _world_partitions,
+    "sum_gradients": lambda: ("megacode.engine.private.sum_gradients", _nothing),
     "clear_partitions": lambda: ("megacode.engine.private.clear_partitions", _nothing),
     "keep_leftovers": lambda: ("megacode.engine.private.keep_leftovers", lambda zero: _nothing),
     "context in the data group": _data_group_without_context,

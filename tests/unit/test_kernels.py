@@ -261,14 +261,15 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return sdpa(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2]) if causal else None
+    return sdpa(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
                            softmax_scale=None, causal=False):
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert (max_seqlen_q, max_seqlen_k) == (8, 8)
-    bounds = cu_seqlens_q.tolist()
-    parts = [flash_attn_func(*(x[None, a:b] for x in (q, k, v)), causal=causal) for a, b in zip(bounds, bounds[1:])]
+    assert (max_seqlen_q, max_seqlen_k) == (8, 8 if torch.equal(cu_seqlens_q, cu_seqlens_k) else 11)
+    bounds = zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist(), cu_seqlens_k.tolist()[1:])
+    parts = [flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], causal=causal) for a, b, c, d in bounds]
     return torch.cat(parts, dim=1)[0]
 """
 
@@ -301,7 +302,25 @@ def test_attention_flash_calls_the_package_rightly(package, bounds):
     package({"flash_attn.py": FLASH_ATTN})
     q, k, v = (torch.randn(2, 10, heads, 8) for heads in (4, 2, 2))
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    assert torch.equal(attention_flash(q, k, v, cu_seqlens), attention_torch(q, k, v, cu_seqlens))
+    torch.testing.assert_close(attention_flash(q, k, v, cu_seqlens), attention_torch(q, k, v, cu_seqlens))
+
+
+@pytest.mark.parametrize("attention", [attention_torch, attention_flash])
+def test_queries_may_be_the_last_tokens_of_what_the_keys_are_of(package, attention):
+    """As under context parallelism: the same as the last rows of the whole attention."""
+    package({"flash_attn.py": FLASH_ATTN})
+    q, k, v = (torch.randn(2, 10, heads, 8) for heads in (4, 2, 2))
+    torch.testing.assert_close(attention(q[:, 7:], k, v, None), attention_torch(q, k, v, None)[:, 7:])
+    whole = torch.tensor([0, 3, 14, 20], dtype=torch.int32)
+    kept = [
+        1,
+        2,
+        *range(6, 14),
+        *range(14, 20),
+    ]  # the first segment's last two tokens, the second's last eight, a third
+    few = torch.tensor([0, 2, 10, 16], dtype=torch.int32)
+    expected = attention_torch(q, k, v, whole).flatten(0, 1)[kept]
+    torch.testing.assert_close(attention(q.flatten(0, 1)[kept][None], k, v, few, whole)[0], expected)
 
 
 # ---- dispatch
