@@ -5,8 +5,7 @@ whatever thread calls them. (A dispatch mode would see the operators behind them
 under one torch can't make the causal mask of fewer queries than keys.) Training itself does not import this.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -77,11 +76,12 @@ class Traffic:
             mesh.context_group.group_name: "context",
             mesh.tensor_group.group_name: "tensor",
         }
-        self._originals = {name: getattr(ProcessGroup, name) for name in METHODS if hasattr(ProcessGroup, name)}
+        # As they stand in the class: read from it, a method of a C++ class is a function that no longer binds `self`.
+        self._originals = {name: vars(ProcessGroup)[name] for name in METHODS if name in vars(ProcessGroup)}
 
     def __enter__(self) -> "Traffic":
-        for name, original in self._originals.items():
-            setattr(ProcessGroup, name, self._counted(original, *METHODS[name]))
+        for name in self._originals:
+            setattr(ProcessGroup, name, self._counted(getattr(ProcessGroup, name), *METHODS[name]))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -93,31 +93,7 @@ class Traffic:
             if group.size() > 1:
                 tensors = [] if given is None else [x for x in tree_leaves(args[given]) if isinstance(x, Tensor)]
                 axis = "pipeline" if kind in ("send", "receive") else self._axes.get(group.group_name, "unknown")
-                self.calls.append(
-                    Call(axis, kind, sum(x.numel() for x in tensors), sum(x.nbytes for x in tensors))
-                )  # fmt: skip
+                self.calls.append(Call(axis, kind, sum(x.numel() for x in tensors), sum(x.nbytes for x in tensors)))
             return original(group, *args, **kwargs)
 
         return counted
-
-
-@dataclass(frozen=True)
-class Total:
-    """Calls of one axis and kind."""
-
-    calls: int
-    elements: int
-    bytes: int
-
-
-def totals(calls: Iterable[Call]) -> dict[tuple[str, str], Total]:
-    """(axis, kind) -> its calls, elements and bytes."""
-    counts: Counter[tuple[str, str]] = Counter()
-    elements: Counter[tuple[str, str]] = Counter()
-    size: Counter[tuple[str, str]] = Counter()
-    for call in calls:
-        key = call.axis, call.kind
-        counts[key] += 1
-        elements[key] += call.elements
-        size[key] += call.bytes
-    return {key: Total(counts[key], elements[key], size[key]) for key in counts}
