@@ -177,7 +177,7 @@ def reduction(job: Job, rank: int) -> Exchange:
 
     DeepSpeed fills a bucket until the next gradient does not fit: two neighbouring ones hold more than one bucket.
     """
-    ranks, width = job.layout.zero_size, job.shape.element_bytes
+    ranks, width = job.layout.zero_size, job.reduced_bytes or job.shape.element_bytes
     scatter = job.zero == 3 or job.shape.megatron
     rounds = [job.parameters(rank)]
     if job.reduce == "microbatch":

@@ -26,6 +26,8 @@ class Job:
     offload: Offload = "none"
     bucket_elements: int = 50_000_000
     """DeepSpeed's reduce_bucket_size."""
+    reduced_bytes: int | None = None
+    """Bytes of a gradient's element on the wire, by DeepSpeed's communication_data_type; left out, the shape's."""
     overlap_comm: bool = False
     """DeepSpeed's overlap_comm: a second bucket (ZeRO-1, 2)."""
     contiguous_gradients: bool = True

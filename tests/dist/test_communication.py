@@ -80,6 +80,17 @@ def test_counted_is_planned_in_bf16(worlds, parallel):
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
+def test_gradients_reduced_in_fp32_take_twice_the_bytes(worlds, tmp_path, zero):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"communication_data_type": "fp32"}))
+    sizes = []
+    for file in (None, str(path)):
+        (rows, _) = check(worlds(2), layout_recipe(2, {"zero": zero}, precision="bf16", deepspeed_config=file))
+        sizes.append(next(row.bytes for row in rows if row.kind in ("all-reduce", "reduce-scatter")))
+    assert sizes[1] == 2 * sizes[0]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
 def test_small_buckets(worlds, tmp_path, zero):
     """Buckets and prefetches that hold a fraction of the stage: as many bytes, and calls within the bounds."""
     sizes = {"reduce_bucket_size": 4000, "stage3_prefetch_bucket_size": 4000}
