@@ -195,7 +195,8 @@ def table(found: list[Case]) -> str:
 
 
 def _describe(recipe: Recipe) -> str:
-    return ", ".join(f"{key} {value}" for key, value in recipe.parallel.model_dump(exclude_defaults=True).items())
+    section = {**recipe.parallel.model_dump(exclude_defaults=True), "zero": recipe.parallel.zero}
+    return ", ".join(key if value is True else f"{key} {value}" for key, value in section.items())
 
 
 def _span(bounds: tuple[float, float], unit: int) -> str:
