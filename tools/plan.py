@@ -155,7 +155,14 @@ def _show_layout(console: Any, own: dict[str, Any]) -> None:
     ]  # fmt: skip
     head = ["gather", "reduce", "recompute", "offload", "GiB", "GiB, sequence parallel *", "host GiB a GPU", ""]
     _table(console, f"The worst stage under other policies ({NOT_YET})", head, rows)
-    rows = [[row["name"], row["calls"], f"{row['sent_bytes'] / GIB:.2f}"] for row in own["exchanges"]]
+    rows = [
+        [
+            row["name"],
+            str(row["calls"]) if row["most_calls"] == row["calls"] else f"{row['calls']} to {row['most_calls']}",
+            f"{row['sent_bytes'] / GIB:.2f}",
+        ]
+        for row in own["exchanges"]
+    ]
     _table(console, "What one GPU of the slowest stage sends in a step", ["", "calls", "GiB"], rows)
     parts = ", ".join(f"{name} {value:.3f}" for name, value in own["parts_seconds"].items() if value > 0)
     console.print(

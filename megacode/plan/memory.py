@@ -78,7 +78,8 @@ def recipe_job(
     sequence_parallel: bool = False,
 ) -> Job:
     """A recipe's step as the formulas see it, with what its DeepSpeed configuration decides. Arguments as above."""
-    parallel, zero = recipe.parallel, deepspeed_config(recipe)["zero_optimization"]
+    parallel, config = recipe.parallel, deepspeed_config(recipe)
+    zero = config["zero_optimization"]
     assert recipe.model.vocabulary is not None
     away = {key: (zero.get(f"offload_{key}") or {}).get("device", "none") != "none" for key in ("param", "optimizer")}
     offload: Offload = "all" if away["param"] else "optimizer" if away["optimizer"] else "none"
@@ -93,6 +94,7 @@ def recipe_job(
         sequence_parallel=sequence_parallel,
         offload=offload,
         bucket_elements=int(zero["reduce_bucket_size"]),
+        reduced_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(config.get("communication_data_type") or ""),
         overlap_comm=bool(zero.get("overlap_comm", parallel.zero == 3)),
         max_live_elements=int(zero.get("stage3_max_live_parameters", 0)),
         padded_rows=vocabulary_rows(recipe.model.vocabulary, layout.tensor),

@@ -125,16 +125,6 @@ def test_context_ranks_are_data_ranks_to_deepspeed(worlds, zero):
     assert run(worlds(4), ["context in the data group"], **layout)[0]["gradient"] > WRONG
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_bf16_accumulates_in_fp32(worlds, zero):
-    """Sums over 32 micro-batches in bf16 lose what fp32 sums keep."""
-    layout = {"pipeline": 2, "zero": zero, "reduce": "step", "precision": "bf16", "samples": 64, "steps": 1}
-    cured, _ = run(worlds(4), **layout)
-    without, _ = run(worlds(4), ["Fp32Gradients"], **layout)
-    # The gradients' own bf16 noise is in both; the probe of this effect saw 6.4e-3 against 4.6e-3.
-    assert without["all gradients"] > 1.1 * cured["all gradients"]
-
-
 def test_offload_needs_no_compiler(worlds, tmp_path):
     """CPU offload runs torch's Adam; DeepSpeed's own would be compiled at start."""
     config = recipe(parallel={"pipeline": 2, "zero": 3}, deepspeed_config="ds_configs/zero3_offload.json")

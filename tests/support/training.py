@@ -297,6 +297,15 @@ def _divided_by_accumulation() -> tuple[str, Any]:
     return "megacode.engine.zero.deepspeed_config", config
 
 
+def _bf16_partitions() -> tuple[str, Any]:
+    from megacode.engine.config import deepspeed_config
+
+    def config(recipe: Recipe) -> dict[str, Any]:
+        return {key: value for key, value in deepspeed_config(recipe).items() if key != "data_types"}
+
+    return "megacode.engine.zero.deepspeed_config", config
+
+
 def _forced_cpu_adam() -> tuple[str, Any]:
     from megacode.engine.config import deepspeed_config
 
@@ -331,6 +340,7 @@ WITHOUT: dict[str, Any] = {
     "clear_partitions": lambda: ("megacode.engine.private.clear_partitions", _nothing),
     "keep_leftovers": lambda: ("megacode.engine.private.keep_leftovers", lambda zero: _nothing),
     "context in the data group": _data_group_without_context,
+    "fp32 partitions": _bf16_partitions,
     "Fp32Gradients": lambda: ("megacode.engine.private.Fp32Gradients", lambda parameters: None),
 }
 """Each cure of running a pipeline over ZeRO engines, as what to patch to leave it out."""
