@@ -70,7 +70,7 @@ def stage_row(job: Job, stage: StageMemory) -> dict[str, Any]:
 
 def policy_rows(job: Job, limit_bytes: float) -> list[dict[str, Any]]:
     """GiB of the worst stage under each policy of gather, reduce, recomputation and offload, without and with sequence
-    parallelism. Recomputation and sequence parallelism are not in the trainer yet.
+    parallelism. --search does not propose recomputation, sequence or context parallelism yet.
     """
     gathers: tuple[Policy, ...] = ("step", "microbatch") if job.zero == 3 else ("step",)
     reduces: tuple[Policy, ...] = ("microbatch", "step") if job.zero > 1 else ("step",)
