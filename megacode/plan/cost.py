@@ -85,7 +85,7 @@ class Cost:
         forward, backward = self._work[self.slowest]
         work = (forward + backward) * self.job.layout.num_micro_batches
         parameters = max(self.job.parameters(rank) for rank in range(self.job.layout.pipeline))
-        share = parameters / self.job.layout.data
+        share = parameters / self.job.layout.zero_size
         step = share * OPTIMIZER_BYTES / self._memory
         host = 0.0
         if self.job.offload != "none":  # gradients out, parameters back; Adam at a tenth of the device's bandwidth
@@ -118,7 +118,7 @@ class Cost:
     def _pass(self, rank: int, backward: bool) -> Seconds:
         """Forward, or backward with what it recomputes, of one micro-batch through a rank's chunks."""
         job, layers = self.job, sum(self.job.chunk_layers(rank))
-        shape, layout, tokens = job.shape, job.layout, job.micro_tokens
+        shape, layout, tokens = job.shape, job.layout, job.local_tokens
         block = self._layer_seconds("backward" if backward else "forward")
         if backward and job.recompute == "full":
             block += self._layer_seconds("again")
@@ -152,7 +152,7 @@ class Cost:
         job, block, tensor = self.job, self.job.shape.block, self.job.layout.tensor
         backward = direction == "backward"
         selective = backward and job.recompute == "selective"
-        tokens = job.micro_tokens
+        tokens = job.local_tokens
         flops = 2 * tokens * block.matrix_parameters * (2 if backward else 1)
         attention = tokens * block.attention_flops * (block.attention_backward if backward else 1)
         if selective and block.attention_again:

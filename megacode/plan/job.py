@@ -34,6 +34,8 @@ class Job:
     """DeepSpeed's contiguous_gradients: gradients are copied into a bucket of full size."""
     max_live_elements: int = 10**13
     """DeepSpeed's stage3_max_live_parameters: how much its prefetcher may gather ahead of use."""
+    prefetch_elements: int = 50_000_000
+    """DeepSpeed's stage3_prefetch_bucket_size: how much of it at a time."""
     padded_rows: int | None = None
     """Rows of embedding and head on a tensor rank; left out, the vocabulary's equal share."""
 

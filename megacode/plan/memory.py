@@ -7,21 +7,31 @@ moments are compared: a forward, a backward, the reduction after the schedule (`
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 from megacode.engine.config import deepspeed_config
-from megacode.parallel.schedule import one_f_one_b
-from megacode.parallel.timeline import in_flight
+from megacode.plan.activations import (
+    Load,
+    activation_bytes,
+    block_moments,
+    copies_bytes,
+    last_norm_bytes,
+    loads,
+    moment_bytes,
+    stream_bytes,
+)
 from megacode.plan.job import Job, Offload
 from megacode.plan.layout import Layout, vocabulary_rows
 from megacode.plan.shape import llama
-from megacode.recipe import Recipe, Recompute
+from megacode.recipe import Recipe
 
 SUB_GROUP_ELEMENTS = 10**9
 """DeepSpeed's sub_group_size: ZeRO-3 updates so many elements of its partition at a time."""
 
-Moment = Literal["forward", "backward", "reduction", "update"]
+HEAD_COPIES = (1, 2, 4)
+"""Hidden states of the whole sequence in the head's backward, as `Moment.copies`."""
+
+Phase = Literal["forward", "backward", "reduction", "update"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class StageMemory:
     """What a device of one pipeline rank holds at its worst moment."""
 
     pipeline_rank: int
-    moment: Moment
+    moment: Phase
     in_flight: int
     """Micro-batches, each of one chunk, whose activations are kept."""
     parameters_bytes: int
@@ -53,30 +63,17 @@ class StageMemory:
         return states + self.activations_bytes + self.logits_bytes + self.buffers_bytes
 
 
-def stage_memory(
-    recipe: Recipe,
-    layout: Layout,
-    *,
-    recompute: Recompute | None = None,
-    sequence_parallel: bool | None = None,
-) -> list[StageMemory]:
+def stage_memory(recipe: Recipe, layout: Layout) -> list[StageMemory]:
     """Memory of a recipe's step in a layout, one entry a pipeline rank.
 
     Args:
         recipe: with model.vocabulary filled in.
         layout: what `layout.fit` gives for it.
-        recompute: another than the recipe's.
-        sequence_parallel: another than the recipe's.
     """
-    return memory(recipe_job(recipe, layout, recompute, sequence_parallel))
+    return memory(recipe_job(recipe, layout))
 
 
-def recipe_job(
-    recipe: Recipe,
-    layout: Layout,
-    recompute: Recompute | None = None,
-    sequence_parallel: bool | None = None,
-) -> Job:
+def recipe_job(recipe: Recipe, layout: Layout) -> Job:
     """A recipe's step as the formulas see it, with what its DeepSpeed configuration decides. Arguments as above."""
     parallel, config = recipe.parallel, deepspeed_config(recipe)
     zero = config["zero_optimization"]
@@ -84,19 +81,20 @@ def recipe_job(
     away = {key: (zero.get(f"offload_{key}") or {}).get("device", "none") != "none" for key in ("param", "optimizer")}
     offload: Offload = "all" if away["param"] else "optimizer" if away["optimizer"] else "none"
     return Job(
-        shape=llama(recipe.model, recipe.batch.sequence_length, recipe.precision),
+        shape=llama(recipe.model, recipe.batch.sequence_length, recipe.precision, layout.context),
         layout=layout,
         micro_samples=recipe.batch.micro_samples,
         zero=parallel.zero,
         gather=parallel.gather_policy,
         reduce=parallel.reduce_policy,
-        recompute=parallel.recompute if recompute is None else recompute,
-        sequence_parallel=parallel.sequence if sequence_parallel is None else sequence_parallel,
+        recompute=parallel.recompute,
+        sequence_parallel=parallel.sequence,
         offload=offload,
         bucket_elements=int(zero["reduce_bucket_size"]),
         reduced_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(config.get("communication_data_type") or ""),
         overlap_comm=bool(zero.get("overlap_comm", parallel.zero == 3)),
         max_live_elements=int(zero.get("stage3_max_live_parameters", 0)),
+        prefetch_elements=int(zero.get("stage3_prefetch_bucket_size", 0)),
         padded_rows=vocabulary_rows(recipe.model.vocabulary, layout.tensor),
     )
 
@@ -120,57 +118,6 @@ def worst_stage(job: Job) -> StageMemory:
             seen.add(key)
             ranks.append(rank)
     return max((_stage(job, rank) for rank in ranks), key=lambda stage: stage.total_bytes)
-
-
-def activation_bytes(job: Job, layers: int = 1) -> float:
-    """What one micro-batch's forward through some blocks keeps on one device (Korthikanti et al. 2022, section 4)."""
-    tensor, token_bytes = job.layout.tensor, 0.0
-    for saved in job.shape.block.saved:
-        if job.recompute in saved.kept:
-            token_bytes += saved.token_bytes / (tensor if saved.split or job.sequence_parallel else 1)
-    return layers * job.local_tokens * token_bytes
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is alive at one operation of a rank's schedule, before its own temporaries."""
-
-    kind: Literal["forward", "backward"]
-    chunk: int
-    in_flight: tuple[int, ...]
-    """Kept micro-batches by chunk, the operation's own among them."""
-    forwards: tuple[int, ...]
-    """Forwards done by chunk, the operation's own among them."""
-    backwards: tuple[int, ...]
-    """Backwards done by chunk, before the operation."""
-
-
-@lru_cache(maxsize=4096)
-def loads(pipeline: int, rank: int, num_micro_batches: int, virtual_stages: int) -> tuple[Load, ...]:
-    """The operations of a rank's schedule that can be its worst moment: none that another surpasses in every part."""
-    forwards, backwards = ([0] * virtual_stages for _ in range(2))
-    found: dict[tuple[str, int], list[Load]] = {}
-    operations = one_f_one_b(pipeline, rank, num_micro_batches, virtual_stages)
-    for operation, held in zip(operations, in_flight(operations, virtual_stages), strict=True):
-        if operation.kind == "forward":
-            forwards[operation.chunk] += 1
-        load = Load(operation.kind, operation.chunk, held, tuple(forwards), tuple(backwards))
-        alike = found.setdefault((load.kind, load.chunk), [])
-        if not any(_surpasses(early, load) for early in alike):
-            alike[:] = [early for early in alike if not _surpasses(load, early)] + [load]
-        if operation.kind == "backward":
-            backwards[operation.chunk] += 1
-    return tuple(load for alike in found.values() for load in alike)
-
-
-def _surpasses(one: Load, other: Load) -> bool:
-    """Whether `one` has no less of anything."""
-    more = [a - b for a, b in zip(one.in_flight, other.in_flight, strict=True)]
-    forwards, backwards = (
-        [min(a, 2) - min(b, 2) for a, b in zip(getattr(one, name), getattr(other, name), strict=True)]
-        for name in ("forwards", "backwards")
-    )
-    return min(more) >= 0 and min(forwards) >= 0 and min(backwards) >= 0
 
 
 def _stage(job: Job, rank: int) -> StageMemory:
@@ -202,67 +149,77 @@ def _static(job: Job, rank: int) -> StageMemory:
 
 
 def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMemory:
-    """At one forward or backward: of a backward, the worse of its loss and of its first block."""
-    layout, shape = job.layout, job.shape
-    w, count, tokens = shape.element_bytes, job.parameters(rank), job.local_tokens
-    hidden = w * shape.hidden * tokens
+    """At one forward or backward: of a backward, the worst of its loss, its head, its last norm and its first block."""
+    layout, w = job.layout, job.shape.element_bytes
     last_chunk = rank == layout.pipeline - 1 and load.chunk == layout.virtual_stages - 1
     kept, sent = _kept(job, rank, load)
-    logits = tokens * shape.vocabulary / layout.tensor
-    block = activation_bytes(replace(job, recompute="none")) if job.recompute != "none" else 0.0
-    block += tokens * shape.block.backward_token_bytes / layout.tensor
-    bucket = w * job.bucket_elements if job.contiguous_gradients and job.reduce == "microbatch" and job.zero < 3 else 0
-    bucket *= 1 + job.overlap_comm
-    largest = w * max(shape.largest_matrix / layout.tensor, job.vocabulary_rows * shape.hidden if last_chunk else 0)
-    gradients = static.gradients_bytes + _running_gradients(job, rank, load)
-    gathered = 0.0
-    if job.zero == 3 and layout.zero_size > 1:
-        limit = job.max_live_elements + largest / w if job.gather == "microbatch" else count
-        gathered = w * min(count, limit)
     common = replace(
         static,
         moment=load.kind,
         in_flight=sum(load.in_flight),
-        parameters_bytes=int(static.parameters_bytes + gathered),
-        gradients_bytes=int(gradients),
+        parameters_bytes=int(static.parameters_bytes + _gathered(job, rank)),
+        gradients_bytes=int(static.gradients_bytes + _running_gradients(job, rank, load)),
         activations_bytes=int(kept),
         buffers_bytes=int(static.buffers_bytes + sent),
     )
+    logits = job.local_tokens * job.shape.vocabulary / layout.tensor
     if load.kind == "forward":
         return replace(common, logits_bytes=int(logits * (8 if w == 4 else 10)) if last_chunk else 0)
-    # Softmax kept, its copy or gradient, and (ours split: bf16, plain: fp32) what becomes the gradient of the logits.
-    loss = (12 if layout.tensor == 1 else 8 if w == 4 else 10) * logits if last_chunk else 0
-    inside = replace(
-        common,
-        activations_bytes=int(kept + block),
-        gradients_bytes=int(gradients + largest),
-        buffers_bytes=int(static.buffers_bytes + sent + bucket),
-    )
-    filling = _first_bucket(job, rank, inside, last_chunk)
-    at_loss = replace(common, logits_bytes=int(loss), activations_bytes=int(kept + (0 if last_chunk else hidden)))
-    return max(inside, filling, at_loss, key=lambda stage: stage.total_bytes)
+    bucket = w * job.bucket_elements if job.contiguous_gradients and job.reduce == "microbatch" and job.zero < 3 else 0
+    common = replace(common, buffers_bytes=common.buffers_bytes + bucket * (1 + job.overlap_comm))
+
+    def at(activations: float, weights: float = 0.0, logits: float = 0.0) -> StageMemory:
+        return replace(
+            common,
+            activations_bytes=int(kept + activations),
+            gradients_bytes=int(common.gradients_bytes + w * weights),
+            logits_bytes=int(logits),
+        )
+
+    done = last_norm_bytes(job) if last_chunk else 0.0
+    moments = [at(activations - done, weights) for activations, weights in block_moments(job)]
+    moments.append(_first_bucket(job, rank, max(moments, key=lambda stage: stage.total_bytes), last_chunk))
+    if last_chunk:
+        # Softmax kept, its copy or gradient, and (ours split: bf16, plain: fp32) what becomes the logits' gradient.
+        moments.append(at(0, logits=(12 if layout.tensor == 1 else 8 if w == 4 else 10) * logits))
+        moments.append(at(copies_bytes(job, HEAD_COPIES), job.vocabulary_rows * job.shape.hidden, w * logits))
+        moments.append(at(moment_bytes(job, job.shape.last_norm_moment)))
+    return max(moments, key=lambda stage: stage.total_bytes)
+
+
+def _gathered(job: Job, rank: int) -> float:
+    """ZeRO-3: parameters gathered while the schedule runs.
+
+    `gather: microbatch`: a block, and what the prefetcher has gathered ahead: it stops at its bucket or at the limit of
+    live parameters, with the parameter that passes it.
+    """
+    shape, tensor, count = job.shape, job.layout.tensor, job.parameters(rank)
+    if job.zero < 3 or job.layout.zero_size == 1:
+        return 0.0
+    if job.gather == "step":
+        return float(shape.element_bytes * count)
+    block = shape.block.matrix_parameters / tensor + shape.block.replicated_parameters
+    ahead = min(job.max_live_elements, block + job.prefetch_elements) + shape.largest_matrix / tensor
+    return shape.element_bytes * min(count, ahead)
 
 
 def _kept(job: Job, rank: int, load: Load) -> tuple[float, float]:
-    """Bytes kept for backwards, and bytes of hidden states sent and not yet known to be received.
+    """Bytes kept for backwards, and bytes of hidden states' gradients sent and not yet known to be received.
 
-    What comes back says so: before the first backward nothing does, afterwards two in each direction are on their way.
+    A chunk keeps what it received and what it sent; the gradient that comes back says that this was received. Of what
+    it sends back one is on its way: what comes of the next micro-batch says so of the one before.
     """
-    shape, layout = job.shape, job.layout
-    w, tokens, layers = shape.element_bytes, job.local_tokens, job.chunk_layers(rank)
-    hidden = w * shape.hidden * tokens
-    norm = tokens * shape.hidden * (12 if w == 4 else 8)
+    layout, layers, stream = job.layout, job.chunk_layers(rank), stream_bytes(job)
+    # Else the first block keeps the same tensor.
+    received = job.shape.element_bytes == 2 and job.recompute == "none"
     kept = sent = 0.0
     for chunk, flights in enumerate(load.in_flight):
         stage = chunk * layout.pipeline + rank
         first, last = stage == 0, stage == len(layout.stages) - 1
-        one = activation_bytes(job, layers[chunk]) + (norm if last else 0)
-        if not first and (w == 2 and job.recompute != "full"):
-            one += hidden  # the received input; under fp32 the first norm keeps the same tensor
-        kept += flights * one
-        ahead = load.forwards[chunk] if sum(load.backwards) == 0 and load.kind == "forward" else 2
-        sent += 0 if last else hidden * min(load.forwards[chunk], ahead)
-        sent += 0 if first else hidden * min(load.backwards[chunk], 2)
+        kept += flights * (activation_bytes(job, layers[chunk]) + (last_norm_bytes(job) if last else stream))
+        if not first:
+            kept += flights * stream * received
+            sent += stream * min(load.backwards[chunk], 1)
     return kept, sent
 
 
@@ -323,5 +280,8 @@ def _update(job: Job, rank: int, static: StageMemory) -> StageMemory:
     w = job.shape.element_bytes
     step = min(share, SUB_GROUP_ELEMENTS) if job.zero == 3 else share
     reduced = 0.0 if job.zero == 3 else share * (4 if job.reduce == "microbatch" else w)
+    # Flattened, and then in fp32; DeepSpeed's accumulator of ZeRO-2 is both already.
     flat = 0.0 if job.zero == 2 and job.reduce == "microbatch" and w == 2 else 4 * step
+    if job.zero < 3 and job.reduce == "step" and w == 2:
+        flat += w * step
     return replace(static, gradients_bytes=int(static.gradients_bytes + reduced + flat))

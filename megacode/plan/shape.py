@@ -9,7 +9,13 @@ from typing import Literal
 
 from megacode.recipe import ModelSection, Recompute
 
+Shared = Literal["tensor", "sequence", "never"]
+"""How tensor ranks share a tensor: by heads or features; along the sequence, where there is sequence parallelism and
+else not; or not at all."""
+
 NONE_AND_SELECTIVE: tuple[Recompute, ...] = ("none", "selective")
+NORM_BACKWARD = 20
+"""Bytes an element that the backward of a norm, as operations of plain torch, has in fp32 at once: five tensors."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +24,31 @@ class Saved:
 
     name: str
     token_bytes: float
-    """Bytes per token, over all tensor ranks."""
-    split: bool
-    """Whether the tensor ranks share it; else each holds all of it, or its share under sequence parallelism."""
+    """Bytes per token of a context rank, over all tensor ranks."""
+    shared: Shared
     kept: tuple[Recompute, ...] = NONE_AND_SELECTIVE
     """The policies of recomputation under which it is kept."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of backward that can be its worst: what is there beyond what forwards kept.
+
+    Gradients and temporaries, less what has been let go of by then.
+    """
+
+    name: str
+    split: float
+    """Bytes per token that tensor ranks share."""
+    stream: float = 0.0
+    """Bytes per token along the residual stream: whole on each tensor rank, or split by sequence parallelism."""
+    copies: tuple[int, int, int] = (0, 0, 0)
+    """Hidden states of the whole sequence, as operands of what tensor ranks exchange: in one process; between tensor
+    ranks; between tensor ranks with sequence parallelism."""
+    weights: float = 0.0
+    """Elements of gradients of weights, over all tensor ranks, that no accumulator has taken yet."""
+    recompute: tuple[Recompute, ...] = ("none", "selective", "full")
+    """The policies of recomputation under which the moment comes."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +83,8 @@ class Block:
     """Operations of attention's backward over those of its forward."""
     attention_again: bool
     """Whether selective recomputation runs attention's forward twice."""
-    backward_token_bytes: float
-    """Gradients and temporaries, above what is kept, at the worst moment of the block's backward; of split tensors."""
+    moments: tuple[Moment, ...]
+    """The worst ones of its backward. Full recomputation comes to them with all kept that `none` keeps."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +101,10 @@ class Shape:
     block: Block
     largest_matrix: int
     """Elements of a block's largest parameter."""
+    last_norm: float
+    """Bytes per token that the norm behind the last block keeps."""
+    last_norm_moment: Moment
+    """Of that norm's backward."""
     tied: bool = False
     """Whether the head is the embedding's matrix (one copy on the first and one on the last stage)."""
     megatron: bool = False
@@ -89,41 +119,38 @@ class Shape:
         return self.layers * block + (1 if self.tied else 2) * self.vocabulary * self.hidden + self.hidden
 
 
-def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]) -> Shape:
+def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"], context: int = 1) -> Shape:
     """Our model, as megacode/model/layers.py and llama.py compute it with plain torch.
 
     What backward keeps, per token, with w bytes an element (h hidden, k kv_heads * head_dim, f ffn, a heads):
     a norm keeps its fp32 input, the normalised values and its output; attention q, k, v, its output and a float a head;
     RoPE cos and sin; SwiGLU gate, up, silu(gate) and their product. Under bf16 the norm's fp32 input is a copy, and the
-    block's own input is not kept; under fp32 the two are one tensor.
+    block's own input is not kept; under fp32 the two are one tensor. Context ranks keep k and v of the whole sequence,
+    and the output of attention twice: by chunk, and joined.
 
     Args:
         model: with its vocabulary filled in.
         sequence: tokens of one sample.
         precision: of parameters and activations.
+        context: ranks that share a sequence.
     """
     assert model.vocabulary is not None
     w = 2 if precision == "bf16" else 4
     h, k, f = model.hidden, model.kv_heads * model.head_dim, model.ffn
+    outputs = 1 if context == 1 else 2
     saved = (
-        Saved("norms' fp32 input", 2 * 4 * h, False, ("none",)),
-        Saved("normalised", 2 * w * h, False, ("none",)),
-        Saved("norms' reciprocal roots", 2 * 4, False),
-        Saved("norms' output", 2 * w * h, False, ("none",)),
-        Saved("norms' input", 2 * w * h, False, ("selective",)),
-        Saved("q, k, v, attention output", w * (2 * h + 2 * k), True),
-        Saved("attention's log-sum-exp", 4 * model.heads, True),
-        Saved("cos, sin", 4 * model.head_dim, False),
-        Saved("gate, up", w * 2 * f, True),
-        Saved("silu(gate), product", w * 2 * f, True, ("none",)),
-        Saved("block input", w * h, False, ("full",)),
-    )
-    cast = 4 + w if w == 2 else 0  # to or from fp32; nothing where it is fp32 already
-    traffic = (
-        Traffic("norms", 2 * h * (2 * cast + 20 + 2 * w), 2 * h * (2 * cast + 36 + 6 * w), False, True),
-        Traffic("rope", 2 * w * (h + k), 2 * w * (h + k), True),
-        Traffic("swiglu", 5 * w * f, 9 * w * f, True, True),
-        Traffic("residuals, copies for collectives", 10 * w * h, 19 * w * h, False),
+        Saved("norms' fp32 input", 2 * 4 * h, "sequence", ("none",)),
+        Saved("normalised", 2 * w * h, "sequence", ("none",)),
+        Saved("norms' reciprocal roots", 2 * 4, "sequence", ("none",)),
+        Saved("norms' output", 2 * w * h, "sequence", ("none",)),
+        Saved("norms' input", 2 * w * h, "sequence", ("selective",)),
+        Saved("q, attention output", w * h * (1 + outputs), "tensor"),
+        Saved("k, v of the whole sequence", 2 * w * k * context, "tensor"),
+        Saved("attention's log-sum-exp", 4 * model.heads, "tensor"),
+        Saved("cos, sin", 4 * model.head_dim, "never"),
+        Saved("gate, up", w * 2 * f, "tensor"),
+        Saved("silu(gate), product", w * 2 * f, "tensor", ("none",)),
+        Saved("block input", w * h, "sequence", ("full",)),
     )
     block = Block(
         matrix_parameters=2 * h * h + 2 * h * k + 3 * h * f,
@@ -131,13 +158,44 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
         num_tensors=9,
         kv_width=k,
         saved=saved,
-        traffic=traffic,
+        traffic=_llama_traffic(w, h, k, f),
         attention_flops=2 * sequence * h,
         attention_backward=2.5,
         attention_again=False,
-        backward_token_bytes=w * 2 * f,
+        moments=_llama_moments(w, h, f),
     )
-    return Shape(model.layers, h, model.vocabulary, sequence, w, block, max(h * f, h * h))
+    normalised = 2 * w * h  # and the output: both are gone when the norm's backward is at its worst
+    return Shape(
+        model.layers, h, model.vocabulary, sequence, w, block, max(h * f, h * h), last_norm=(4 + 2 * w) * h + 4,
+        last_norm_moment=Moment("last norm", 0, NORM_BACKWARD * h - normalised),
+    )  # fmt: skip
+
+
+def _llama_traffic(w: int, h: int, k: int, f: int) -> tuple[Traffic, ...]:
+    cast = 4 + w if w == 2 else 0  # to or from fp32; nothing where it is fp32 already
+    return (
+        Traffic("norms", 2 * h * (2 * cast + 20 + 2 * w), 2 * h * (2 * cast + 36 + 6 * w), False, True),
+        Traffic("rope", 2 * w * (h + k), 2 * w * (h + k), True),
+        Traffic("swiglu", 5 * w * f, 9 * w * f, True, True),
+        Traffic("residuals, copies for collectives", 10 * w * h, 19 * w * h, False),
+    )
+
+
+def _llama_moments(w: int, h: int, f: int) -> tuple[Moment, ...]:
+    """Of the feed-forward, whose backward comes first; all the while the residual stream's gradient is there (w h)."""
+    kept: tuple[Recompute, ...] = ("none", "full")
+    stream, norm = w * h, NORM_BACKWARD * h
+    wide = 4 * h if w == 2 else 0  # the norm's fp32 input, where it is a copy
+    # Of gate and up: the gathered input and the gradient, each with what it is gathered from or scattered to.
+    around = (1, 2, 4)
+    return (
+        Moment("down", w * f, stream, (0, 0, 1), h * f, kept),
+        Moment("swiglu", 2 * w * f, stream, recompute=kept),
+        Moment("gate, up", -2 * w * f, stream, around, 2 * h * f, kept),
+        Moment("norm", -4 * w * f, stream - 2 * w * h + norm, recompute=kept),
+        Moment("swiglu again, down", 5 * w * f, stream, (0, 0, 1), h * f, ("selective",)),
+        Moment("norm again, gate, up", 0, stream + wide + w * h + norm, around, 2 * h * f, ("selective",)),
+    )
 
 
 def gpt(layers: int, hidden: int, heads: int, vocabulary: int, sequence: int, *, flash: bool = False,
@@ -151,13 +209,13 @@ def gpt(layers: int, hidden: int, heads: int, vocabulary: int, sequence: int, *,
     dropout = 0 if flash else 1
     scores = 0.0 if flash else float(heads * sequence)
     saved = (
-        Saved("norms' input", 4 * h, False),
-        Saved("matmul inputs before attention and feed-forward", 4 * h, False),
-        Saved("q, k, v, attention output", 8 * h, True),
-        Saved("dropout masks", 2 * h * dropout, False),
-        Saved("softmax, its dropout, its mask", 5 * scores, True, ("none",)),
-        Saved("gelu input and output", 4 * f, True),
-        Saved("block input", 2 * h, False, ("full",)),
+        Saved("norms' input", 4 * h, "sequence"),
+        Saved("matmul inputs before attention and feed-forward", 4 * h, "sequence"),
+        Saved("q, k, v, attention output", 8 * h, "tensor"),
+        Saved("dropout masks", 2 * h * dropout, "sequence"),
+        Saved("softmax, its dropout, its mask", 5 * scores, "tensor", ("none",)),
+        Saved("gelu input and output", 4 * f, "tensor"),
+        Saved("block input", 2 * h, "sequence", ("full",)),
     )
     traffic = (
         Traffic("norms", 2 * 4 * h, 2 * 6 * h, False),
@@ -175,6 +233,9 @@ def gpt(layers: int, hidden: int, heads: int, vocabulary: int, sequence: int, *,
         attention_flops=(2 if flash else 4) * sequence * h,
         attention_backward=2.5 if flash else 2.0,
         attention_again=not flash,
-        backward_token_bytes=2 * f,
+        moments=(Moment("gelu", 2 * f, weights=h * f),),
     )
-    return Shape(layers, h, vocabulary, sequence, 2, block, h * f, tied, megatron=True)
+    return Shape(
+        layers, h, vocabulary, sequence, 2, block, h * f, last_norm=4 * h, last_norm_moment=Moment("last norm", 0),
+        tied=tied, megatron=True,
+    )  # fmt: skip

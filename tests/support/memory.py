@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from megacode.model.layers import initial_values, part_of
 from megacode.plan.layout import fit
 from megacode.recipe import Recipe
-from support.training import SEED, _mesh, micro_batch, samples
+from support.training import SEED, _mesh, micro_batches, samples
 
 
 class LiveBytes(TorchDispatchMode):
@@ -63,12 +63,7 @@ def live_bytes(config: Recipe) -> dict[str, int]:
     start_deepspeed()
     layout = fit(config, dist.get_world_size())
     mesh = _mesh(meshes.build_mesh, layout.pipeline, layout.data, layout.tensor, layout.context)
-    size, ranks = config.batch.micro_samples, mesh.zero_size
-    tokens, labels = samples(config, 0)
-    batches = []
-    for m in range(layout.num_micro_batches):
-        first = (m * ranks + mesh.zero_rank) * size
-        batches.append(micro_batch(config, tokens[first : first + size], labels[first : first + size]))
+    batches = micro_batches(config, mesh, *samples(config, 0))
     found = {}
     with LiveBytes() as live:
         engine = ZeroEngine(config, layout, mesh, torch.device("cpu"))

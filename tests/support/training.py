@@ -64,7 +64,7 @@ def samples(config: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)
     labels = torch.randint(0, config.model.vocabulary, shape, generator=generator)
     lengths = torch.randint(0, config.batch.sequence_length, (shape[0], 1), generator=generator)
-    lengths[1] = shape[1]
+    lengths[1:2] = shape[1]
     return tokens, labels.masked_fill(torch.arange(shape[1]) < lengths, IGNORE)
 
 

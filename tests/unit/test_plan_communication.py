@@ -15,7 +15,7 @@ def job(world_size=1, file=None, **parallel):
     sections = {"model": {"kv_heads": 4}, "batch": {"global_samples": 16}, "precision": "bf16"}
     config = recipe(parallel=parallel, deepspeed_config=file, **sections)
     layout = fit(config, world_size)
-    return recipe_job(config, layout, config.parallel.recompute, config.parallel.sequence)
+    return recipe_job(config, layout)
 
 
 def test_a_ring_sends_all_but_the_own_share():

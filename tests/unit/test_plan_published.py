@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from megacode.parallel.stages import split_layers
+from megacode.plan.activations import activation_bytes, loads
 from megacode.plan.cost import Cost
 from megacode.plan.hardware import HARDWARE
 from megacode.plan.job import Job
 from megacode.plan.layout import Layout
-from megacode.plan.memory import activation_bytes, loads, memory
+from megacode.plan.memory import memory
 from megacode.plan.model import flops_per_token, num_parameters
 from megacode.plan.shape import gpt, llama
 from megacode.recipe import ModelSection

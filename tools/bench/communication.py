@@ -122,7 +122,7 @@ def compare(calls: Iterable[Call], planned: list[Exchange]) -> list[Row]:
 def compare_ranks(recipe: Recipe, ranks: list[list[Call]]) -> list[list[Row]]:
     """`compare` for each rank of a world that ran the recipe."""
     layout = fit(recipe, len(ranks))
-    job = recipe_job(recipe, layout, recipe.parallel.recompute, recipe.parallel.sequence)
+    job = recipe_job(recipe, layout)
     per_stage = len(ranks) // layout.pipeline
     return [compare(calls, exchanges(job, rank // per_stage)) for rank, calls in enumerate(ranks)]
 
