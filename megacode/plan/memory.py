@@ -157,7 +157,7 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
         static,
         moment=load.kind,
         in_flight=sum(load.in_flight),
-        parameters_bytes=int(static.parameters_bytes + _gathered(job, rank)),
+        parameters_bytes=int(static.parameters_bytes + _gathered(job, rank, last_chunk)),
         gradients_bytes=int(static.gradients_bytes + _running_gradients(job, rank, load)),
         activations_bytes=int(kept),
         buffers_bytes=int(static.buffers_bytes + sent),
@@ -165,8 +165,10 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
     logits = job.local_tokens * job.shape.vocabulary / layout.tensor
     if load.kind == "forward":
         return replace(common, logits_bytes=int(logits * (8 if w == 4 else 10)) if last_chunk else 0)
+    # Softmax kept, its copy or gradient, and (ours split: bf16, plain: fp32) what becomes the logits' gradient.
+    loss = replace(common, logits_bytes=int((12 if layout.tensor == 1 else 8 if w == 4 else 10) * logits))
     bucket = w * job.bucket_elements if job.contiguous_gradients and job.reduce == "microbatch" and job.zero < 3 else 0
-    common = replace(common, buffers_bytes=common.buffers_bytes + bucket * (1 + job.overlap_comm))
+    bucket *= 1 + job.overlap_comm  # from the first gradient on
 
     def at(activations: float, weights: float = 0.0, logits: float = 0.0) -> StageMemory:
         return replace(
@@ -174,20 +176,20 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
             activations_bytes=int(kept + activations),
             gradients_bytes=int(common.gradients_bytes + w * weights),
             logits_bytes=int(logits),
+            buffers_bytes=common.buffers_bytes + bucket,
         )
 
     done = last_norm_bytes(job) if last_chunk else 0.0
     moments = [at(activations - done, weights) for activations, weights in block_moments(job)]
     moments.append(_first_bucket(job, rank, max(moments, key=lambda stage: stage.total_bytes), last_chunk))
     if last_chunk:
-        # Softmax kept, its copy or gradient, and (ours split: bf16, plain: fp32) what becomes the logits' gradient.
-        moments.append(at(0, logits=(12 if layout.tensor == 1 else 8 if w == 4 else 10) * logits))
+        moments.append(loss)
         moments.append(at(copies_bytes(job, HEAD_COPIES), job.vocabulary_rows * job.shape.hidden, w * logits))
         moments.append(at(moment_bytes(job, job.shape.last_norm_moment)))
     return max(moments, key=lambda stage: stage.total_bytes)
 
 
-def _gathered(job: Job, rank: int) -> float:
+def _gathered(job: Job, rank: int, last_chunk: bool) -> float:
     """ZeRO-3: parameters gathered while the schedule runs.
 
     `gather: microbatch`: a block, and what the prefetcher has gathered ahead: it stops at its bucket or at the limit of
@@ -199,7 +201,8 @@ def _gathered(job: Job, rank: int) -> float:
     if job.gather == "step":
         return float(shape.element_bytes * count)
     block = shape.block.matrix_parameters / tensor + shape.block.replicated_parameters
-    ahead = min(job.max_live_elements, block + job.prefetch_elements) + shape.largest_matrix / tensor
+    head = job.vocabulary_rows * shape.hidden if last_chunk else 0
+    ahead = min(job.max_live_elements, block + job.prefetch_elements) + max(shape.largest_matrix / tensor, head)
     return shape.element_bytes * min(count, ahead)
 
 

@@ -162,7 +162,7 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
         attention_flops=2 * sequence * h,
         attention_backward=2.5,
         attention_again=False,
-        moments=_llama_moments(w, h, f),
+        moments=_llama_moments(w, h, f) + (_context_moments(w, h, k, f, context) if context > 1 else ()),
     )
     normalised = 2 * w * h  # and the output: both are gone when the norm's backward is at its worst
     return Shape(
@@ -195,6 +195,22 @@ def _llama_moments(w: int, h: int, f: int) -> tuple[Moment, ...]:
         Moment("norm", -4 * w * f, stream - 2 * w * h + norm, recompute=kept),
         Moment("swiglu again, down", 5 * w * f, stream, (0, 0, 1), h * f, ("selective",)),
         Moment("norm again, gate, up", 0, stream + wide + w * h + norm, around, 2 * h * f, ("selective",)),
+    )
+
+
+def _context_moments(w: int, h: int, k: int, f: int, context: int) -> tuple[Moment, ...]:
+    """Where a block's keys and values are gathered: three times the whole sequence's, of which one is kept.
+
+    Beside them the rank's own, before and after rotation and as one tensor, and q before rotation; what follows in the
+    block is not there yet. It is so when a backward runs the block again, and in forward but for the residual stream's
+    gradient; attention's own backward has as many copies of gradients.
+    """
+    gathered = 4 * w * k * context + w * (h + 5 * k)
+    later = 2 * w * h  # outputs of attention
+    stream = w * h
+    return (
+        Moment("keys and values", gathered - later - 4 * w * f, stream - (4 + 2 * w) * h, recompute=("none", "full")),
+        Moment("keys and values", gathered - later - 2 * w * f, stream - w * h, recompute=("selective",)),
     )
 
 
