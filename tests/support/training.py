@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from megacode.doctor import outcome as doctor
 from megacode.model.layers import IGNORE, Slice, initial_values, part_of
 from megacode.model.llama import Llama, initialise
 from megacode.parallel.pipeline import MicroBatch
@@ -43,13 +44,9 @@ def recipe(**sections: Any) -> Recipe:
 
 
 @dataclass
-class Outcome:
-    """What a training leaves: per step loss and norm; of the first step the gradients; at the end the weights."""
+class Outcome(doctor.Outcome):
+    """What a training leaves, and what only tests look at."""
 
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
     validation: float | None = None
     """Summed negative log-likelihood of a step's samples that no step has, under the last weights."""
     padding: float = 0.0
@@ -325,27 +322,20 @@ WITHOUT: dict[str, Any] = {
 
 
 def deviation(expected: Outcome, ranks: list[tuple[Outcome, dict[str, Slice]]]) -> dict[str, float]:
-    """Largest relative differences of loss and norm, of gradients (to the tensor's norm), and absolute of weights.
-
-    "all gradients" is the relative error of the gradient as one vector (tensor-replicated parameters count per rank).
+    """Largest relative differences of loss, validation and norm, of gradients (to the tensor's norm), and absolute of
+    weights; "all gradients" is that of the gradient but the embedding's as one vector.
     """
-    worst = {"loss": 0.0, "validation": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0}
-    total = 0.0
-    for outcome, parts in ranks:
+    validation = 0.0
+    for outcome, _ in ranks:
         if outcome.validation is not None:
             assert expected.validation is not None
-            error = abs(outcome.validation - expected.validation) / expected.validation
-            worst["validation"] = max(worst["validation"], error)
-        for key, have, want in (("loss", outcome.losses, expected.losses), ("norm", outcome.norms, expected.norms)):
-            assert len(have) == len(want)
-            worst[key] = max(worst[key], *(abs(h - w) / abs(w) for h, w in zip(have, want, strict=True)))
-        for name, have in outcome.gradients.items():
-            want = parts[name].take(expected.gradients[name])
-            error = float((have - want).square().sum())
-            worst["gradient"] = max(worst["gradient"], error**0.5 / float(expected.gradients[name].norm()))
-            total += error
-        for name, have in outcome.weights.items():
-            want = parts[name].take(expected.weights[name])
-            worst["weight"] = max(worst["weight"], float((have - want).abs().max()))
-    whole = sum(float(gradient.square().sum()) for gradient in expected.gradients.values())
-    return {**worst, "all gradients": (total / whole) ** 0.5}
+            validation = max(validation, abs(outcome.validation - expected.validation) / expected.validation)
+    off = doctor.compare([dataclasses.replace(outcome, parts=parts) for outcome, parts in ranks], expected)
+    return {
+        "loss": off.loss,
+        "validation": validation,
+        "norm": off.norm,
+        "gradient": off.worst[1],
+        "weight": off.weight,
+        "all gradients": off.gradient,
+    }
