@@ -16,9 +16,7 @@ from megacode.plan.shape import Moment, Shared
 def activation_bytes(job: Job, layers: int = 1) -> float:
     """What one micro-batch's forward through some blocks keeps on one device (Korthikanti et al. 2022, section 4)."""
     token_bytes = sum(
-        saved.token_bytes / sharing(job, saved.shared)
-        for saved in job.shape.block.saved
-        if job.recompute in saved.kept
+        saved.token_bytes / sharing(job, saved.shared) for saved in job.shape.block.saved if job.recompute in saved.kept
     )
     return layers * job.local_tokens * token_bytes
 

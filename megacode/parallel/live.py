@@ -1,0 +1,65 @@
+"""How many bytes of tensors are alive on this rank, and the most there ever were. Training does not import this."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages that operations return: autograd's saved tensors and DeepSpeed's flat buffers among them.
+
+    The allocator's own report, torch's profiler, misses what gloo's threads free.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.upper = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        known = self.storages.get(storage._cdata)
+        if known is not None and not known[0].expired():
+            return
+        self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.upper += storage.nbytes()
+        if self.upper > self.peak:  # what was freed since the last count does not count
+            self.peak = max(self.peak, self.count())
+
+    def count(self) -> int:
+        """Bytes that live now."""
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        self.upper = sum(size for _, size in self.storages.values())
+        return self.upper
+
+
+@contextmanager
+def uncounted_masks(dtype: torch.dtype) -> Iterator[None]:
+    """Attention of fewer queries than keys gets plain masks, made outside of what is counted.
+
+    On the CPU torch makes such masks, which kernels of GPUs do without; and under a dispatch mode it can't make the
+    class that stands for them.
+    """
+
+    @functools.cache
+    def lower_right(queries: int, keys: int) -> Tensor:
+        with _disable_current_modes():
+            hidden = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).logical_not()
+            return torch.zeros(queries, keys, dtype=dtype).masked_fill(hidden, float("-inf"))
+
+    with mock.patch("torch.nn.attention.bias.causal_lower_right", lower_right):
+        yield
