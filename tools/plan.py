@@ -136,8 +136,8 @@ def _show(result: dict[str, Any]) -> None:
 def _show_layout(console: Any, own: dict[str, Any]) -> None:
     layout = own["layout"]
     console.print(
-        f"{own['parameters']:,} parameters; pipeline {layout['pipeline']} x data {layout['data']} x tensor "
-        f"{layout['tensor']}, virtual_stages {layout['virtual_stages']}, {layout['num_micro_batches']} micro-batches"
+        f"{own['parameters']:,} parameters; pipeline {layout['pipeline']} x data {layout['data']} x context "
+        f"{layout['context']} x tensor {layout['tensor']}, virtual_stages {layout['virtual_stages']}, {layout['num_micro_batches']} micro-batches"
     )
     kinds = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host")
     rows = [
@@ -147,14 +147,14 @@ def _show_layout(console: Any, own: dict[str, Any]) -> None:
     _table(console, "GiB of a GPU at its worst moment", ["stage", "layers", "moment", "in flight", *kinds], rows)
     rows = [
         [
-            row["gather"] or "-", row["reduce"], row["recompute"] + ("" if row["in_trainer"] else " *"), row["offload"],
-            f"{row['gib']:.1f}", f"{row['sequence_parallel_gib']:.1f}", f"{row['host_gib']:.1f}",
-            "fits" if row["fits"] else "no",
+            row["gather"] or "-", row["reduce"], row["recompute"], row["offload"], f"{row['gib']:.1f}",
+            "-" if row["sequence_parallel_gib"] is None else f"{row['sequence_parallel_gib']:.1f}",
+            f"{row['host_gib']:.1f}", "fits" if row["fits"] else "no",
         ]
         for row in own["policies"]
     ]  # fmt: skip
-    head = ["gather", "reduce", "recompute", "offload", "GiB", "GiB, sequence parallel *", "host GiB a GPU", ""]
-    _table(console, f"The worst stage under other policies ({MARK})", head, rows)
+    head = ["gather", "reduce", "recompute", "offload", "GiB", "GiB, sequence: true", "host GiB a GPU", ""]
+    _table(console, "The worst stage under other policies", head, rows)
     rows = [
         [
             row["name"],

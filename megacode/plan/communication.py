@@ -116,10 +116,7 @@ def _maps(job: Job, sums: int, gathers: int) -> list[Exchange]:
 def _tensor(job: Job, rank: int) -> list[Exchange]:
     layout, layers = job.layout, sum(job.chunk_layers(rank))
     ends = rank == 0, rank == layout.pipeline - 1
-    passes: list[Pass] = ["forward", "backward"]
-    if job.recompute == "full":
-        passes.append("again")
-    found = [one * layers for direction in passes for one in layer_exchanges(job, direction)]
+    found = [one * layers for direction in _passes(job) for one in layer_exchanges(job, direction)]
     found += [one for backward in (False, True) for one in end_exchanges(job, *ends, backward)]
     found = [one * layout.num_micro_batches for one in found]
     if job.sequence_parallel:  # each tensor rank has the gradients of its part of the sequence
@@ -140,18 +137,29 @@ def merge(found: Sequence[Exchange]) -> list[Exchange]:
     return list(sums.values())
 
 
-def _context(job: Job, rank: int) -> list[Exchange]:
-    """Keys and values of the whole sequence, gathered in forward; their gradients, summed and scattered in backward."""
+def context_exchanges(job: Job, direction: Pass) -> list[Exchange]:
+    """What context ranks exchange in one micro-batch's pass through one block.
+
+    Keys and values of the whole sequence, gathered in forward and where a backward runs the block again; their
+    gradients, summed and scattered in backward.
+    """
     context, block = job.layout.context, job.shape.block
     if context == 1:
         return []
-    times = sum(job.chunk_layers(rank)) * job.layout.num_micro_batches
     own = job.local_tokens * block.kv_width * 2 / job.layout.tensor * job.shape.element_bytes
-    again = 2 if job.recompute == "full" else 1
-    return [
-        Exchange("keys and values", "context", "all-gather", context, again * times, again * times * own),
-        Exchange("their gradients", "context", "reduce-scatter", context, times, times * own * context),
-    ]
+    if direction == "backward":
+        return [Exchange("their gradients", "context", "reduce-scatter", context, 1, own * context)]
+    return [Exchange("keys and values", "context", "all-gather", context, 1, own)]
+
+
+def _passes(job: Job) -> list[Pass]:
+    passes: list[Pass] = ["forward", "backward"]
+    return [*passes, "again"] if job.recompute == "full" else passes
+
+
+def _context(job: Job, rank: int) -> list[Exchange]:
+    times = sum(job.chunk_layers(rank)) * job.layout.num_micro_batches
+    return merge([one * times for direction in _passes(job) for one in context_exchanges(job, direction)])
 
 
 def _pipeline(job: Job, rank: int) -> list[Exchange]:

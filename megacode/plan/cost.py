@@ -29,6 +29,8 @@ class Seconds:
     """Launches and tails of kernels."""
     tensor: float = 0.0
     """Exchanges among tensor ranks."""
+    context: float = 0.0
+    """Exchanges among context ranks."""
     pipeline: float = 0.0
     """Waiting for hidden states of neighbour stages."""
     bubble: float = 0.0
@@ -170,7 +172,9 @@ class Cost:
             memory=tokens * traffic / self._memory,
             overhead=self.hardware.block_overhead_seconds * (2 if backward else 1) / 3,
         )
-        return computed + self._tensor_seconds(communication.layer_exchanges(job, direction))
+        context = communication.sent_bytes(communication.context_exchanges(job, direction))
+        gathered = Seconds(context=context / self._bus(job.layout.context, tensor))
+        return computed + gathered + self._tensor_seconds(communication.layer_exchanges(job, direction))
 
     def _tensor_seconds(self, exchanges: list[Exchange]) -> Seconds:
         """What nothing hides of exchanges among tensor ranks, which are neighbours."""

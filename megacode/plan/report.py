@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from megacode.plan.hardware import Hardware
 from megacode.plan.job import Job, Offload
 from megacode.plan.memory import StageMemory, memory, worst_stage
 from megacode.plan.model import flops_per_token, num_parameters
-from megacode.plan.search import GIB, Search, describe
+from megacode.plan.search import GIB, RECOMPUTE, Search, describe
 from megacode.recipe import Recipe
 
 Policy = Literal["step", "microbatch"]
@@ -70,32 +71,28 @@ def stage_row(job: Job, stage: StageMemory) -> dict[str, Any]:
 
 def policy_rows(job: Job, limit_bytes: float) -> list[dict[str, Any]]:
     """GiB of the worst stage under each policy of gather, reduce, recomputation and offload, without and with sequence
-    parallelism. --search does not propose recomputation, sequence or context parallelism yet.
+    parallelism.
     """
     gathers: tuple[Policy, ...] = ("step", "microbatch") if job.zero == 3 else ("step",)
     reduces: tuple[Policy, ...] = ("microbatch", "step") if job.zero > 1 else ("step",)
     offloads: tuple[Offload, ...] = ("none", "all") if job.zero == 3 else ("none",)
+    sequences = (False, True) if job.layout.tensor > 1 else (False,)
     rows = []
-    for offload in offloads:
-        for gather in gathers:
-            for reduce in reduces:
-                for recompute in ("none", "selective", "full"):
-                    changed = replace(job, gather=gather, reduce=reduce, recompute=recompute, offload=offload)
-                    plain = worst_stage(changed)
-                    split = worst_stage(replace(changed, sequence_parallel=True)) if job.layout.tensor > 1 else plain
-                    rows.append(
-                        {
-                            "gather": gather if job.zero == 3 else None,
-                            "reduce": reduce,
-                            "recompute": recompute,
-                            "offload": offload,
-                            "gib": plain.total_bytes / GIB,
-                            "sequence_parallel_gib": split.total_bytes / GIB,
-                            "host_gib": plain.host_bytes / GIB,
-                            "fits": plain.total_bytes <= limit_bytes,
-                            "in_trainer": recompute == "none",
-                        }
-                    )
+    for offload, gather, reduce, recompute in product(offloads, gathers, reduces, RECOMPUTE):
+        changed = replace(job, gather=gather, reduce=reduce, recompute=recompute, offload=offload)
+        needs = [worst_stage(replace(changed, sequence_parallel=sequence)) for sequence in sequences]
+        rows.append(
+            {
+                "gather": gather if job.zero == 3 else None,
+                "reduce": reduce,
+                "recompute": recompute,
+                "offload": offload,
+                "gib": needs[0].total_bytes / GIB,
+                "sequence_parallel_gib": needs[1].total_bytes / GIB if len(needs) > 1 else None,
+                "host_gib": needs[0].host_bytes / GIB,
+                "fits": min(need.total_bytes for need in needs) <= limit_bytes,
+            }
+        )
     return rows
 
 

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megacode.errors import UserError
 from megacode.plan.cost import Cost
 from megacode.plan.hardware import Hardware
 from megacode.plan.layout import fit
 from megacode.plan.memory import StageMemory, recipe_job, worst_stage
-from megacode.recipe import Recipe
+from megacode.recipe import Recipe, Recompute
 
 GIB = 2**30
 VIRTUAL_STAGES = (1, 2, 4)
@@ -28,6 +28,10 @@ POLICIES: tuple[tuple[int, str | None, str | None], ...] = (
 )
 """zero, gather, reduce."""
 LARGEST_TENSOR = 16
+CONTEXTS = (1, 2, 4, 8)
+LEAST_CONTEXT_TOKENS = 4096
+"""Of a sequence on a context rank: with fewer, the gathers of keys and values are not worth it."""
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,16 @@ class Search:
 def search(recipe: Recipe, num_devices: int, limit_bytes: float, hardware: Hardware) -> Search:
     """All layouts that a recipe can say today, its global batch kept; those that fit, the quickest first.
 
-    Offload is tried only where nothing fits without. Of layouts equal in time and memory one is kept.
+    Offload is tried only where nothing fits without, and of recomputation what makes a layout fit and no more: it saves
+    memory and nothing else. Of layouts equal in time and memory one is kept.
     """
     found = Search()
     for offload in (False, True):
         for changes in _candidates(recipe, num_devices, offload):
-            _try(recipe, changes, num_devices, limit_bytes, hardware, found)
+            for recompute in RECOMPUTE:
+                parallel = {**changes["parallel"], "recompute": recompute}
+                if _try(recipe, {**changes, "parallel": parallel}, num_devices, limit_bytes, hardware, found) != "big":
+                    break
         if found.fitting:
             break
     unlike = {(choice.cost.seconds.total, choice.worst.total_bytes): choice for choice in reversed(found.fitting)}
@@ -98,7 +106,11 @@ def describe(changes: dict[str, Any]) -> str:
     words = []
     for key, value in changes.items():
         pairs = value.items() if isinstance(value, dict) else [(key, value)]
-        words += [f"{name} {Path(text).name if name == 'deepspeed_config' else text}" for name, text in pairs if text]
+        for name, text in pairs:
+            if text is True:
+                words.append(name)
+            elif text and text != "none" and (name, text) != ("context", 1):
+                words.append(f"{name} {Path(text).name if name == 'deepspeed_config' else text}")
     return " ".join(words)
 
 
@@ -121,36 +133,64 @@ def _evaluate(recipe: Recipe, changes: dict[str, Any], num_devices: int) -> Stag
 
 
 def _small_changes(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Single changes, those that cost least time first."""
     parallel, batch = recipe.parallel, recipe.batch
     for micro in (4, 2, 1):
         if micro < batch.micro_samples:
             yield {"batch": {"micro_samples": micro}}
+    if parallel.tensor > 1 and not parallel.sequence:
+        yield {"parallel": {"sequence": True}}
     for zero, gather, reduce in POLICIES:
         deepspeed = _deepspeed(recipe, zero, False)
         if zero >= parallel.zero and deepspeed is not None:
             yield {"parallel": {"zero": zero, "gather": gather, "reduce": reduce}, **deepspeed}
-    for key in ("tensor", "pipeline"):
-        for factor in (2, 4, 8):
-            yield {"parallel": {key: getattr(parallel, key) * factor}}
+    for recompute in RECOMPUTE[RECOMPUTE.index(parallel.recompute) + 1 :]:
+        yield {"parallel": {"recompute": recompute}}
+    for factor in (2, 4, 8):
+        yield {"parallel": {"tensor": parallel.tensor * factor}}
+    for factor in (2, 4, 8):
+        pipeline = parallel.pipeline * factor
+        yield {"parallel": {"pipeline": pipeline, **_stages(recipe, pipeline, parallel.virtual_stages)}}
+    for factor in (2, 4, 8):
+        yield {"parallel": {"context": parallel.context * factor}}
 
 
 def _candidates(recipe: Recipe, num_devices: int, offload: bool) -> Iterator[dict[str, Any]]:
+    """All but recomputation."""
     for tensor in _divisors(num_devices, LARGEST_TENSOR):
         for pipeline in _divisors(num_devices // tensor, recipe.model.layers):
-            for virtual in VIRTUAL_STAGES if pipeline > 1 else (1,):
+            for axes in _axes(recipe, tensor, pipeline, num_devices // (tensor * pipeline)):
                 for micro in MICRO_SAMPLES:
                     for zero, gather, reduce in POLICIES:
                         deepspeed = _deepspeed(recipe, zero, offload)
                         if deepspeed is None:
                             continue
                         yield {
-                            "parallel": {
-                                "tensor": tensor, "pipeline": pipeline, "virtual_stages": virtual, "zero": zero,
-                                "gather": gather, "reduce": reduce,
-                            },
+                            "parallel": {**axes, "zero": zero, "gather": gather, "reduce": reduce},
                             "batch": {"micro_samples": micro},
                             **deepspeed,
-                        }  # fmt: skip
+                        }
+
+
+def _axes(recipe: Recipe, tensor: int, pipeline: int, replicas: int) -> Iterator[dict[str, Any]]:
+    """How `replicas` x tensor x pipeline ranks can share the model and the sequences."""
+    length = recipe.batch.sequence_length
+    contexts = {c for c in CONTEXTS if c == 1 or length // c >= LEAST_CONTEXT_TOKENS} | {recipe.parallel.context}
+    for context in sorted(contexts):
+        if replicas % context:
+            continue
+        for virtual in VIRTUAL_STAGES if pipeline > 1 else (1,):
+            for sequence in (False, True) if tensor > 1 else (False,):
+                yield {
+                    "tensor": tensor, "sequence": sequence, "context": context, "pipeline": pipeline,
+                    "virtual_stages": virtual, **_stages(recipe, pipeline, virtual),
+                }  # fmt: skip
+
+
+def _stages(recipe: Recipe, pipeline: int, virtual: int) -> dict[str, Any]:
+    """Stages given by hand are those of one number of stages."""
+    stages = recipe.parallel.stages
+    return {"stages": "even"} if isinstance(stages, list) and len(stages) != pipeline * virtual else {}
 
 
 def _divisors(number: int, largest: int) -> list[int]:
@@ -178,22 +218,24 @@ def _deepspeed(recipe: Recipe, zero: int, offload: bool) -> dict[str, Any] | Non
 
 def _try(
     recipe: Recipe, changes: dict[str, Any], num_devices: int, limit_bytes: float, hardware: Hardware, found: Search
-) -> None:
+) -> Literal["fits", "refused", "big"]:
     changed = apply(recipe, changes)
     try:
         layout = fit(changed, num_devices)
         job = recipe_job(changed, layout)
     except UserError as error:
         found.reject(re.sub(r"[\d.]+", "", str(error)), str(error), changes)
-        return
+        return "refused"
     worst = worst_stage(job)
     if worst.total_bytes > limit_bytes:
         where = f"tensor {layout.tensor} pipeline {layout.pipeline}"
+        where += f" context {layout.context}" if layout.context > 1 else ""
         need = f"the nearest needs {worst.total_bytes / GIB:.1f} GiB on stage {worst.pipeline_rank}"
         reason = f"{where}: {need}; {_largest(worst)}"
         found.reject(f"memory {where}", reason, changes, worst.total_bytes)
-        return
+        return "big"
     found.fitting.append(Choice(changes, worst, Cost(job, hardware)))
+    return "fits"
 
 
 def _largest(stage: StageMemory) -> str:

@@ -158,7 +158,7 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
         num_tensors=9,
         kv_width=k,
         saved=saved,
-        traffic=_llama_traffic(w, h, k, f),
+        traffic=_llama_traffic(w, h, k, f, context),
         attention_flops=2 * sequence * h,
         attention_backward=2.5,
         attention_again=False,
@@ -171,9 +171,14 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
     )  # fmt: skip
 
 
-def _llama_traffic(w: int, h: int, k: int, f: int) -> tuple[Traffic, ...]:
+def _llama_traffic(w: int, h: int, k: int, f: int, context: int) -> tuple[Traffic, ...]:
     cast = 4 + w if w == 2 else 0  # to or from fp32; nothing where it is fp32 already
+    # k and v in one tensor, put in order, made one row; of their gradients two parts each, padded and added, put back.
+    gathered = Traffic(
+        "whole keys and values", 4 * w * k + 8 * w * k * context + 2 * w * h, 28 * w * k * context + 2 * w * h, True
+    )
     return (
+        *([gathered] if context > 1 else []),
         Traffic("norms", 2 * h * (2 * cast + 20 + 2 * w), 2 * h * (2 * cast + 36 + 6 * w), False, True),
         Traffic("rope", 2 * w * (h + k), 2 * w * (h + k), True),
         Traffic("swiglu", 5 * w * f, 9 * w * f, True, True),

@@ -13,11 +13,12 @@ from megacode import recipe as recipes
 from megacode.cli import app
 from megacode.errors import UserError
 from megacode.parallel.timeline import simulate
+from megacode.plan.activations import activation_bytes
 from megacode.plan.cost import Cost
 from megacode.plan.hardware import HARDWARE
 from megacode.plan.layout import fit
 from megacode.plan.memory import memory, recipe_job, stage_memory, worst_stage
-from megacode.plan.search import GIB, apply, mend, search
+from megacode.plan.search import GIB, RECOMPUTE, apply, mend, search
 
 H100 = HARDWARE["H100"]
 
@@ -98,6 +99,46 @@ def test_every_proposal_is_a_recipe():
         changed = apply(config, choice.changes)
         assert recipes.Recipe.model_validate(changed.model_dump()) == changed
         fit(changed, 64)
+
+
+def test_hand_made_stages_give_way_to_other_numbers_of_stages():
+    """And without tensor ranks there is no sequence to share."""
+    config = big(parallel={"tensor": 8, "sequence": True, "pipeline": 2, "stages": [23, 25]})
+    found = search(config, 64, 76 * GIB, H100)
+    for choice in found.fitting:
+        recipes.Recipe.model_validate(apply(config, choice.changes).model_dump())
+    assert {choice.cost.job.layout.pipeline for choice in found.fitting} > {1, 2, 4}
+    assert "pipeline" in mend(config, 64, 5 * GIB) or "no single change" in mend(config, 64, 5 * GIB)
+
+
+def test_recomputation_is_proposed_where_a_layout_needs_it_only():
+    found = search(big(), 64, 40 * GIB, H100)
+    by_policy = {policy: [c for c in found.fitting if c.cost.job.recompute == policy] for policy in RECOMPUTE}
+    assert all(by_policy.values())
+    for choice in by_policy["full"] + by_policy["selective"]:
+        kept = choice.cost.job
+        assert worst_stage(replace(kept, recompute="none")).total_bytes > 40 * GIB
+    assert any(choice.cost.job.sequence_parallel for choice in found.fitting)
+
+
+def test_context_ranks_are_proposed_for_long_sequences():
+    """Half a sequence on a rank: half the activations, but keys and values of all of it."""
+    long = {"global_samples": 64, "sequence_length": 16384}
+    config = big(batch=long)
+    contexts = {choice.cost.job.layout.context for choice in search(config, 64, 76 * GIB, H100).fitting}
+    assert contexts == {1, 2, 4}
+    whole, half = (
+        recipe_job(changed, fit(changed, 64))
+        for changed in (big(batch=long, parallel={"context": context, "pipeline": 8}) for context in (1, 2))
+    )
+    assert whole.tokens == half.tokens == 64 * 16384
+    block = half.shape.block
+    gathered = 2 * block.kv_width * 2 * whole.local_tokens  # of k, v in bf16: kept whole
+    joined = 2 * half.shape.hidden * half.local_tokens  # attention's output once more
+    expected = (activation_bytes(whole) - gathered) / 2 + gathered + joined
+    assert activation_bytes(half) == pytest.approx(expected)
+    assert Cost(half, H100).seconds.context > 0 == Cost(whole, H100).seconds.context
+    assert Cost(half, H100).seconds.attention == pytest.approx(Cost(whole, H100).seconds.attention)
 
 
 def test_a_mend_that_is_enough_is_named():
