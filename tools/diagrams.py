@@ -38,27 +38,32 @@ def layers_text(layout: Layout, pipeline_rank: int) -> str:
 
 def drawn_replicas(layout: Layout) -> int:
     """How many data ranks `layout_svg` draws: all of a small layout, else one."""
-    columns = layout.data * layout.tensor
+    columns = layout.data * _columns_of_replica(layout)
     return layout.data if columns <= MOST_COLUMNS and layout.world_size <= MOST_CELLS else 1
 
 
-def layout_svg(layout: Layout, hosts: Mapping[str, int]) -> str:
-    """The grid of ranks: a row a pipeline rank, with its layers; a column a tensor rank, data ranks side by side.
+def _columns_of_replica(layout: Layout) -> int:
+    return layout.context * layout.tensor
 
-    A cell shows the global rank (tensor fastest, then data, then pipeline) and the number of its host, `hN`. Of a
+
+def layout_svg(layout: Layout, hosts: Mapping[str, int]) -> str:
+    """The grid of ranks: a row a pipeline rank, with its layers; a column a context and tensor rank, data ranks side by
+    side.
+
+    A cell shows the global rank (tensor fastest, then context, data, pipeline) and the number of its host, `hN`. Of a
     large layout one replica is drawn, with sheets behind it for the others.
 
     Args:
         layout: the layout.
         hosts: processes by host, in the order of ranks; when they are not as many as the layout's ranks, none is shown.
     """
-    replicas = drawn_replicas(layout)
+    replicas, columns = drawn_replicas(layout), _columns_of_replica(layout)
     host_by_rank = host_of_rank(hosts) if sum(hosts.values()) == layout.world_size else []
     gap = 14 if replicas > 1 else 0
     room = WIDTH - 90 - 300 - gap * (replicas - 1)
-    cell = min(60.0, room / (replicas * layout.tensor))
+    cell = min(60.0, room / (replicas * columns))
     row, left, top = 34 if host_by_rank else 26, 90.0, 44.0
-    right = left + replicas * layout.tensor * cell + gap * (replicas - 1)
+    right = left + replicas * columns * cell + gap * (replicas - 1)
     parts = []
     if replicas < layout.data:
         for sheet in (2, 1):
@@ -67,22 +72,20 @@ def layout_svg(layout: Layout, hosts: Mapping[str, int]) -> str:
             parts.append(tag("rect", x=left - 4 + shift, y=top - 4 + shift, **size, class_="sheet"))
         right += 14
     for data in range(replicas):
-        start = left + data * (layout.tensor * cell + gap)
-        parts.append(label(start, 16, _data_text(layout, data, layout.tensor * cell), class_="title"))
+        start = left + data * (columns * cell + gap)
+        parts.append(label(start, 16, _data_text(layout, data, columns * cell), class_="title"))
         parts += _columns(layout, start, cell)
         for pipeline in range(layout.pipeline):
-            for tensor in range(layout.tensor):
-                rank = (pipeline * layout.data + data) * layout.tensor + tensor
+            for column in range(columns):
+                rank = (pipeline * layout.data + data) * columns + column
                 host = host_by_rank[rank] if host_by_rank else None
-                parts += _cell(start + tensor * cell, top + pipeline * row, cell, row, rank, host)
+                parts += _cell(start + column * cell, top + pipeline * row, cell, row, rank, host)
     for pipeline in range(layout.pipeline):
         middle = top + pipeline * row + row / 2 + 3
         parts.append(label(left - 10, middle, f"pipeline {pipeline}", "end"))
         parts.append(label(right + 12, middle, layers_text(layout, pipeline)))
     height = top + layout.pipeline * row + 18
-    description = (
-        f"Grid of {layout.world_size} ranks: {layout.pipeline} pipeline x {layout.data} data x {layout.tensor} tensor"
-    )
+    description = f"Grid of {layout.world_size} ranks: {' x '.join(axes_words(layout))}"
     return picture(WIDTH, height, description, *parts, class_="chart layout")
 
 
@@ -93,10 +96,28 @@ def _data_text(layout: Layout, data: int, width: float) -> str:
 
 
 def _columns(layout: Layout, start: float, cell: float) -> list[str]:
-    if cell < 24:
-        return [label(start, 36, f"tensor 0\N{EN DASH}{layout.tensor - 1}")] if layout.tensor > 1 else []
-    text = "tensor {}" if cell >= 60 else "t{}"
-    return [label(start + (t + 0.5) * cell, 36, text.format(t), "middle") for t in range(layout.tensor)]
+    """Above the columns of a data rank: their context and tensor ranks, as far as there is room."""
+    words = [("context", "c", layout.context), ("tensor", "t", layout.tensor)]
+    shown = [word for word in words if word[2] > 1]
+    if cell < 24 or (len(shown) == 2 and cell < 36):
+        spans = [f"{word} 0\N{EN DASH}{size - 1}" for word, _, size in shown]
+        return [label(start, 36, ", ".join(spans))] if shown else []
+    found = []
+    for column in range(_columns_of_replica(layout)):
+        ranks = {"c": column // layout.tensor, "t": column % layout.tensor}
+        if len(shown) == 2:
+            text = " ".join(f"{short}{rank}" for short, rank in ranks.items())
+        else:
+            word, short, _ = shown[0] if shown else words[1]
+            text = f"{word} {ranks[short]}" if cell >= 60 else f"{short}{ranks[short]}"
+        found.append(label(start + (column + 0.5) * cell, 36, text, "middle"))
+    return found
+
+
+def axes_words(layout: Layout) -> tuple[str, ...]:
+    """Sizes of the axes, the slowest first: "4 pipeline", "2 data", "2 tensor"; context ranks where there are any."""
+    context = [f"{layout.context} context"] if layout.context > 1 else []
+    return f"{layout.pipeline} pipeline", f"{layout.data} data", *context, f"{layout.tensor} tensor"
 
 
 def _cell(x: float, y: float, cell: float, row: float, rank: int, host: int | None) -> list[str]:

@@ -137,7 +137,8 @@ def _show_layout(console: Any, own: dict[str, Any]) -> None:
     layout = own["layout"]
     console.print(
         f"{own['parameters']:,} parameters; pipeline {layout['pipeline']} x data {layout['data']} x context "
-        f"{layout['context']} x tensor {layout['tensor']}, virtual_stages {layout['virtual_stages']}, {layout['num_micro_batches']} micro-batches"
+        f"{layout['context']} x tensor "
+        f"{layout['tensor']}, virtual_stages {layout['virtual_stages']}, {layout['num_micro_batches']} micro-batches"
     )
     kinds = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host")
     rows = [

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megacode.errors import UserError
 from megacode.plan.cost import Cost
@@ -82,10 +82,7 @@ def search(recipe: Recipe, num_devices: int, limit_bytes: float, hardware: Hardw
     found = Search()
     for offload in (False, True):
         for changes in _candidates(recipe, num_devices, offload):
-            for recompute in RECOMPUTE:
-                parallel = {**changes["parallel"], "recompute": recompute}
-                if _try(recipe, {**changes, "parallel": parallel}, num_devices, limit_bytes, hardware, found) != "big":
-                    break
+            _try(recipe, changes, num_devices, limit_bytes, hardware, found)
         if found.fitting:
             break
     unlike = {(choice.cost.seconds.total, choice.worst.total_bytes): choice for choice in reversed(found.fitting)}
@@ -218,24 +215,25 @@ def _deepspeed(recipe: Recipe, zero: int, offload: bool) -> dict[str, Any] | Non
 
 def _try(
     recipe: Recipe, changes: dict[str, Any], num_devices: int, limit_bytes: float, hardware: Hardware, found: Search
-) -> Literal["fits", "refused", "big"]:
-    changed = apply(recipe, changes)
-    try:
-        layout = fit(changed, num_devices)
-        job = recipe_job(changed, layout)
-    except UserError as error:
-        found.reject(re.sub(r"[\d.]+", "", str(error)), str(error), changes)
-        return "refused"
-    worst = worst_stage(job)
-    if worst.total_bytes > limit_bytes:
-        where = f"tensor {layout.tensor} pipeline {layout.pipeline}"
-        where += f" context {layout.context}" if layout.context > 1 else ""
-        need = f"the nearest needs {worst.total_bytes / GIB:.1f} GiB on stage {worst.pipeline_rank}"
-        reason = f"{where}: {need}; {_largest(worst)}"
-        found.reject(f"memory {where}", reason, changes, worst.total_bytes)
-        return "big"
-    found.fitting.append(Choice(changes, worst, Cost(job, hardware)))
-    return "fits"
+) -> None:
+    """With the least recomputation that makes it fit, if any does."""
+    for recompute in RECOMPUTE:
+        changes = {**changes, "parallel": {**changes["parallel"], "recompute": recompute}}
+        changed = apply(recipe, changes)
+        try:
+            layout = fit(changed, num_devices)
+            job = recipe_job(changed, layout)
+        except UserError as error:
+            found.reject(re.sub(r"[\d.]+", "", str(error)), str(error), changes)
+            return
+        worst = worst_stage(job)
+        if worst.total_bytes <= limit_bytes:
+            found.fitting.append(Choice(changes, worst, Cost(job, hardware)))
+            return
+    where = f"tensor {layout.tensor} pipeline {layout.pipeline}"
+    where += f" context {layout.context}" if layout.context > 1 else ""
+    need = f"the nearest needs {worst.total_bytes / GIB:.1f} GiB on stage {worst.pipeline_rank}"
+    found.reject(f"memory {where}", f"{where}: {need}; {_largest(worst)}", changes, worst.total_bytes)
 
 
 def _largest(stage: StageMemory) -> str:
@@ -244,7 +242,7 @@ def _largest(stage: StageMemory) -> str:
         "masters and moments": (stage.optimizer_bytes, "raise tensor, pipeline or the data ranks"),
         "parameters": (stage.parameters_bytes, "raise tensor or pipeline"),
         "gradients": (stage.gradients_bytes, "raise tensor or pipeline, or take reduce: microbatch"),
-        "activations": (stage.activations_bytes, "lower micro_samples or raise tensor"),
+        "activations": (stage.activations_bytes, "lower micro_samples or raise tensor or context"),
         "logits": (stage.logits_bytes, "lower micro_samples or raise tensor"),
         "buffers": (
             stage.buffers_bytes,

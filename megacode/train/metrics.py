@@ -83,7 +83,12 @@ def start_facts(recipe: Recipe, layout: Layout, device: torch.device, hosts: lis
         "world_size": layout.world_size,
         "hosts": dict(Counter(hosts)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
-        "layout": {**asdict(layout), "stages": [[stage.start, stage.stop] for stage in layout.stages]},
+        "layout": {
+            **asdict(layout),
+            "stages": [[stage.start, stage.stop] for stage in layout.stages],
+            "sequence": recipe.parallel.sequence,
+            "recompute": recipe.parallel.recompute,
+        },
         "num_parameters": num_parameters(recipe.model),
         "peak_teraflops": device_peak_teraflops(recipe, device),
         "backends": backends,

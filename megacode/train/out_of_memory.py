@@ -34,11 +34,16 @@ def mend(recipe: Recipe, layout: Layout, stage: StageMemory) -> str:
     """What to change, for the largest part first that can still be made smaller."""
     parallel = recipe.parallel
     activations = stage.activations_bytes + stage.logits_bytes
+    blocks = activations if stage.activations_bytes >= stage.logits_bytes else 0
+    again = {"none": "selective", "selective": "full"}.get(parallel.recompute)
     wider = f"raise parallel.tensor ({parallel.tensor}) or parallel.pipeline ({parallel.pipeline})"
+    length = f"lower batch.sequence_length ({recipe.batch.sequence_length})"
     choices = [
         (activations, recipe.batch.micro_samples > 1, f"lower batch.micro_samples ({recipe.batch.micro_samples})"),
-        (activations, True, f"lower batch.sequence_length ({recipe.batch.sequence_length}), or {wider}"),
-        (stage.optimizer_bytes, layout.data == 1, f"take more data ranks, or {wider}"),
+        (blocks, parallel.tensor > 1 and not parallel.sequence, "set parallel.sequence: true"),
+        (blocks, again is not None, f"set parallel.recompute: {again}"),
+        (activations, True, f"raise parallel.context ({parallel.context}), {length}, or {wider}"),
+        (stage.optimizer_bytes, layout.zero_size == 1, f"take more data ranks, or {wider}"),
         (stage.gradients_bytes, parallel.zero == 1, "set parallel.zero: 2"),
         (stage.gradients_bytes, parallel.reduce_policy == "step", "set parallel.reduce: microbatch"),
         (stage.parameters_bytes, parallel.zero < 3, "set parallel.zero: 3"),

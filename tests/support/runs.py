@@ -18,7 +18,8 @@ GLOBAL_SAMPLES, LENGTH = 512, 4096
 
 def write_run(
     folder: Path, steps: int = 500, planned: int | None = None, sources: Sequence[str] = ("python", "c"),
-    layout: tuple[int, int, int] = (4, 2, 2), virtual_stages: int = 1, micro_samples: int = 4, per_host: int = 8,
+    layout: tuple[int, int, int] = (4, 2, 2), virtual_stages: int = 1, context: int = 1, micro_samples: int = 4,
+    per_host: int = 8,
     outcome: str = "finished", message: str | None = None, restarts: Sequence[int] = (), spoiled: Sequence[int] = (),
     validate_every: int = 50, phases: bool = True, settings: dict[str, Any] | None = None,
 ) -> Path:  # fmt: skip
@@ -31,6 +32,7 @@ def write_run(
         sources: of the mixture, in falling shares.
         layout: pipeline x data x tensor ranks.
         virtual_stages: chunks a pipeline rank.
+        context: context ranks; with several, tensor ranks share the sequence, and blocks are recomputed.
         micro_samples: sequences of a micro-batch.
         per_host: processes of a host.
         outcome: of status.json.
@@ -43,18 +45,19 @@ def write_run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     pipeline, data, tensor = layout
+    sharing = {"context": context, "sequence": True, "recompute": "full"} if context > 1 else {}
     config = recipe(
         run=str(folder),
         precision="bf16",
         model={"preset": "code-llama-7b", "hidden": 4096, "ffn": 11008, "vocabulary": 32016},
-        parallel={"pipeline": pipeline, "tensor": tensor, "virtual_stages": virtual_stages, "zero": 1},
+        parallel={"pipeline": pipeline, "tensor": tensor, "virtual_stages": virtual_stages, "zero": 1, **sharing},
         batch={"global_samples": GLOBAL_SAMPLES, "micro_samples": micro_samples, "sequence_length": LENGTH},
         optimizer={"learning_rate": 3e-4, "clip": 1.0},
         schedule={"steps": planned or steps, "warmup_steps": min(100, (planned or steps) // 10)},
         **(settings or {}),
     )
     config.save(folder / "recipe.yaml")
-    fitted = fit(config, pipeline * data * tensor)
+    fitted = fit(config, pipeline * data * context * tensor)
     seconds = 4.2
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for line in _metrics(steps, planned or steps, sources, seconds, spoiled, validate_every, phases):
@@ -71,7 +74,7 @@ def write_run(
             "layout": {
                 "pipeline": pipeline, "data": data, "tensor": tensor, "virtual_stages": virtual_stages,
                 "num_micro_batches": fitted.num_micro_batches,
-                "stages": [[stage.start, stage.stop] for stage in fitted.stages],
+                "stages": [[stage.start, stage.stop] for stage in fitted.stages], **sharing,
             },
             "num_parameters": 6_738_546_688,
             "peak_teraflops": 989.0,

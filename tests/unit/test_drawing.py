@@ -4,6 +4,7 @@ import math
 import xml.etree.ElementTree as ET
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -111,9 +112,9 @@ def test_text_is_escaped_everywhere():
         assert "<script" not in svg
 
 
-def make_layout(pipeline, data, tensor, virtual_stages=1, layers=64):
+def make_layout(pipeline, data, tensor, virtual_stages=1, layers=64, context=1):
     stages = tuple(split_layers(layers, pipeline * virtual_stages))
-    return Layout(pipeline, data, tensor, virtual_stages, 2 * pipeline, stages)
+    return Layout(pipeline, data, tensor, virtual_stages, 2 * pipeline, stages, context)
 
 
 def test_a_small_layout_is_drawn_whole_with_the_ranks_where_the_mesh_puts_them():
@@ -126,6 +127,20 @@ def test_a_small_layout_is_drawn_whole_with_the_ranks_where_the_mesh_puts_them()
     assert texts.count("h0") == texts.count("h1") == 4
     assert "embedding, layers 0\N{EN DASH}1" in texts
     assert "layers 2\N{EN DASH}3, head" in texts
+
+
+@pytest.mark.parametrize(("pipeline", "data", "context", "tensor"), [(2, 2, 2, 1), (2, 1, 2, 2), (1, 2, 4, 2)])
+def test_context_ranks_stand_between_data_and_tensor(pipeline, data, context, tensor):
+    """In the order of the mesh's grid."""
+    layout = make_layout(pipeline, data, tensor, context=context)
+    svg = diagrams.layout_svg(layout, {"a": layout.world_size})
+    grid = torch.arange(layout.world_size).view(pipeline, data, context, tensor)
+    drawn = [int(text.text) for text in elements(svg, "text", "number")]
+    assert drawn == grid.permute(1, 0, 2, 3).flatten().tolist()
+    texts = [text.text for text in parse(svg).iter("text")]
+    wanted = [f"c{c} t{t}" if tensor > 1 else f"context {c}" for c in range(context) for t in range(tensor)]
+    assert [text for text in texts if text in wanted] == wanted * data
+    assert f"{data} data x {context} context x {tensor} tensor" in svg
 
 
 def test_of_a_large_layout_one_replica_is_drawn():

@@ -23,10 +23,18 @@ def test_what_counts_as_out_of_memory():
     assert is_out_of_memory(caught.value)
 
 
+LONG = {"sequence_length": 2048}
+
+
 @pytest.mark.parametrize(
     ("sections", "world_size", "mend"),
     [
         ({"batch": {"micro_samples": 8}}, 1, r"lower batch\.micro_samples \(8\)"),
+        ({"batch": LONG, "parallel": {"tensor": 2}}, 2, r"set parallel\.sequence: true"),
+        ({"batch": LONG}, 1, r"set parallel\.recompute: selective"),
+        ({"batch": LONG, "parallel": {"recompute": "selective"}}, 1, r"set parallel\.recompute: full"),
+        ({"batch": LONG, "parallel": {"recompute": "full"}}, 1, r"raise parallel\.context \(1\), lower batch\.seq"),
+        ({"batch": LONG, "model": {"vocabulary": 4096}}, 1, r"raise parallel\.context \(1\), lower batch\.seq"),
         ({"model": {"hidden": 1024, "heads": 8, "ffn": 4096}, "parallel": {"zero": 1}}, 1, "take more data ranks"),
         ({"model": {"hidden": 1024, "heads": 8, "ffn": 4096}, "parallel": {"zero": 1}}, 8, r"parallel\.zero: [23]"),
         (

@@ -7,13 +7,17 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from support.runs import write_run
+from support.training import recipe
 
 from megacode.errors import UserError
+from megacode.plan.layout import fit
 from megacode.tools.report import report
 from megacode.tools.report.curves import Curves
 from megacode.tools.report.page import make_page
 from megacode.tools.report.run import layout_of, read_run
+from megacode.train.metrics import start_facts
 
 EVIL = "</script></pre><script>document.title = 'taken'</script>"
 TWELVE = [f"source {n}" for n in range(12)]
@@ -72,6 +76,35 @@ def test_the_bubble_is_that_of_the_runs_schedule(tmp_path):
     text = Outline(page_of(folder)).text
     assert "1F1B of 32 micro-batches on 8 pipeline ranks" in text
     assert f"{7 / (32 + 7):.1%}" in text
+
+
+def test_context_ranks_and_what_goes_with_them(tmp_path):
+    run = read_run(write_run(tmp_path / "run", steps=2, context=2))
+    assert layout_of(run.last_start).context == 2
+    text = Outline(make_page(run)).text
+    times = " \N{MULTIPLICATION SIGN} "
+    for words in ("PP4 DP2 CP2 TP2 SP, recompute full", f"2 data{times}2 context{times}2 tensor", "recomputation full"):
+        assert words in text, words
+
+
+def test_what_the_trainer_writes_of_a_layout_is_read_back():
+    config = recipe(parallel={"context": 2, "tensor": 2, "sequence": True, "recompute": "selective"})
+    layout = fit(config, 8)
+    facts = start_facts(config, layout, torch.device("cpu"), ["here"] * 8, 0, None, {})
+    start = json.loads(json.dumps(facts))
+    assert layout_of(start) == layout
+    assert (start["layout"]["sequence"], start["layout"]["recompute"]) == (True, "selective")
+
+
+def test_a_run_from_before_context_ranks(tmp_path):
+    """Its starts.jsonl names none, nor does its recipe."""
+    run = read_run(write_run(tmp_path / "run", steps=2))
+    assert not {"context", "sequence", "recompute"} & set(run.last_start["layout"])
+    assert layout_of(run.last_start).context == 1
+    text = Outline(make_page(run)).text
+    assert "PP4 DP2 TP2" in text
+    assert "CP1" not in text
+    assert "context" not in text.split("recipe.yaml")[0]
 
 
 def test_a_failed_run_with_steps_left_out(tmp_path):
@@ -154,7 +187,8 @@ def test_damaged_files_are_noticed(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"pipeline": 0}, {"stages": [[0, 1]]}, {"stages": [[0, 0]] * 4}, {"tensor": None}, {"stages": None},
+    [{"pipeline": 0}, {"context": 0}, {"context": "x"},
+     {"stages": [[0, 1]]}, {"stages": [[0, 0]] * 4}, {"tensor": None}, {"stages": None},
      {"virtual_stages": "x"}],
 )  # fmt: skip
 def test_a_layout_that_no_run_can_have_is_not_known(tmp_path, change):

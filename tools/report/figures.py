@@ -1,7 +1,7 @@
 """The sections that draw: loss, optimizer, throughput, mixture, layout, schedule."""
 
 from megacode.parallel.timeline import simulate
-from megacode.tools.diagrams import drawn_replicas, host_of_rank, layout_svg, schedule_svg, schedule_windows
+from megacode.tools.diagrams import axes_words, drawn_replicas, host_of_rank, layout_svg, schedule_svg, schedule_windows
 from megacode.tools.drawing import Point, Series, escape, share_bar, stacked_bars, swatch, tag
 from megacode.tools.report.charts import (
     FULL,
@@ -171,8 +171,7 @@ def layout(run: Run) -> str:
     if found is None:
         return "<p>The layout is not known: starts.jsonl does not tell it.</p>"
     hosts = {str(name): int(number(count) or 0) for name, count in _hosts(run).items()}
-    axes = (f"{found.pipeline} pipeline", f"{found.data} data", f"{found.tensor} tensor")
-    note = " \N{MULTIPLICATION SIGN} ".join(axes)
+    note = " \N{MULTIPLICATION SIGN} ".join(axes_words(found))
     if drawn_replicas(found) < found.data:
         note += f"; one replica is drawn, there are {found.data:,} data ranks like it"
     if len(hosts) > 1 and len(host_of_rank(hosts)) == found.world_size:
@@ -181,6 +180,8 @@ def layout(run: Run) -> str:
         ("processes", f"{found.world_size:,} on {len(hosts):,} host{'s' if len(hosts) != 1 else ''}"),
         ("ZeRO stage", plain(run.setting("parallel.zero"))),
         ("virtual stages", plain(found.virtual_stages)),
+        ("sequence parallelism", plain(run.setting("parallel.sequence") or None)),
+        ("recomputation", plain(run.setting("parallel.recompute"))),
         ("batch", escape(_batch(run, found.num_micro_batches))),
     ]
     return figure("Grid of ranks", layout_svg(found, hosts), note) + definitions(facts)

@@ -64,9 +64,6 @@ def starts(run: Run) -> str:
     """Each start, with what it went on from and on what."""
     rows = []
     for count, start in enumerate(run.starts, 1):
-        layout = layout_of(start)
-        shape = f"PP{layout.pipeline} DP{layout.data} TP{layout.tensor}" if layout else DASH
-        shape += f" V{layout.virtual_stages}" if layout and layout.virtual_stages > 1 else ""
         checkpoint = start.get("checkpoint")
         hosts = start.get("hosts")
         rows.append(
@@ -76,7 +73,7 @@ def starts(run: Run) -> str:
                 _text(start.get("step")),
                 escape(str(checkpoint).rstrip("/").rpartition("/")[2]) if checkpoint else "the beginning",
                 _text(start.get("world_size")),
-                shape,
+                _shape(start),
                 _text(len(hosts) if isinstance(hosts, dict) else None),
                 _text(start.get("device")),
             ]
@@ -85,6 +82,21 @@ def starts(run: Run) -> str:
         return "<p>No start is recorded.</p>"
     heads = ["", "time", "from step", "from", "processes", "layout", "hosts", "device"]
     return table(heads, rows, (0, 2, 4, 6))
+
+
+def _shape(start: Mapping[str, Any]) -> str:
+    """PP4 DP2 CP2 TP2 SP V2, recompute full: what is off or 1 is left out but for the first axes."""
+    layout = layout_of(start)
+    if layout is None:
+        return DASH
+    said = start["layout"]
+    words = [f"PP{layout.pipeline}", f"DP{layout.data}"]
+    words += [f"CP{layout.context}"] if layout.context > 1 else []
+    words += [f"TP{layout.tensor}"]
+    words += ["SP"] if said.get("sequence") is True else []
+    words += [f"V{layout.virtual_stages}"] if layout.virtual_stages > 1 else []
+    again = said.get("recompute", "none")
+    return " ".join(words) + (f", recompute {_text(again)}" if again != "none" else "")
 
 
 def checkpoints(run: Run) -> str:

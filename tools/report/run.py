@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -236,12 +236,15 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder.name, None if step is None else int(step), len(files), size, time)
 
 
-def layout_of(start: dict[str, Any]) -> Layout | None:
-    """The layout of a line of starts.jsonl; None where it is missing or none that a run can have."""
+def layout_of(start: Mapping[str, Any]) -> Layout | None:
+    """The layout of a line of starts.jsonl; None where it is missing or none that a run can have.
+
+    Runs from before there was context parallelism do not say `context`: it was 1.
+    """
     values = _mapping(start.get("layout"))
     names = ("pipeline", "data", "tensor", "virtual_stages", "num_micro_batches")
     try:
-        sizes = {name: int(values[name]) for name in names}
+        sizes = {name: int(values[name]) for name in names} | {"context": int(values.get("context", 1))}
         stages = tuple(range(int(first), int(stop)) for first, stop in values["stages"])
     except (KeyError, TypeError, ValueError):
         return None
