@@ -16,7 +16,7 @@ from megacode.model.layers import Slice
 from megacode.plan.cases import cases
 from megacode.tools.verify import layouts
 
-NAMES = ("model.embed_tokens.weight", "model.layers.0.q.weight", "model.layers.1.q.weight")
+NAMES = ("model.embed_tokens.weight", "model.layers.2.q.weight", "model.layers.10.q.weight")
 
 
 def expected() -> Outcome:
