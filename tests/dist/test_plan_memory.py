@@ -23,7 +23,8 @@ MORE = [
 """As CASES, with the number of micro-batches where it is not the usual."""
 
 SMALL_VOCABULARY = [
-    (2, "bf16", {"tensor": 2, "recompute": "none"}),
+    (2, "bf16", {"tensor": 2}),
+    (2, "bf16", {"tensor": 2, "recompute": "selective"}),
     (2, "bf16", {"tensor": 2, "sequence": True}),
     (2, "bf16", {"tensor": 2, "sequence": True, "recompute": "selective"}),
     (2, "fp32", {"pipeline": 2, "recompute": "selective"}),
