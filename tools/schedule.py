@@ -109,19 +109,20 @@ def _operations(timeline: Timeline, rank: int) -> list[dict[str, Any]]:
 
 def _text(timeline: Timeline, figures: dict[str, Any], width: int) -> list[str]:
     pp, microbatches, virtual = (figures[key] for key in ("pipeline", "num_micro_batches", "virtual_stages"))
-    interleaved = f", {virtual} chunks a rank, interleaved" if virtual > 1 else ""
-    chunk = f"1/{virtual} of a rank's layers" if virtual > 1 else "all of a rank's layers"
+    name, chunks, part = "1F1B", "", "all of a rank's layers"
+    if virtual > 1:
+        name, chunks, part = "interleaved 1F1B", f" x {virtual} chunks", f"1/{virtual} of a rank's layers"
     formula = "(p - 1) / (v m + p - 1)" if virtual > 1 else "(p - 1) / (m + p - 1)"
     counts = zip(figures["in_flight"], figures["in_flight_limit"], strict=True)
     return [
-        f"1F1B, {_count(pp, 'pipeline rank')}, {_count(microbatches, 'micro-batch', 'es')}{interleaved}; a backward "
-        f"takes {figures['backward']:g}",
+        f"{name}: {_count(pp, 'rank')}{chunks}, {_count(microbatches, 'micro-batch', 'es')}, a backward takes "
+        f"{figures['backward']:g}",
         "",
         *schedule_text(timeline, virtual, width),
         "",
         f"bubble {figures['bubble_share']:.2%} of the step; {formula} = {pp - 1}/{virtual * microbatches + pp - 1} = "
         f"{figures['bubble_formula']:.2%}",
-        f"most activations in flight (limit); unit: a micro-batch of one chunk, {chunk}",
+        f"most micro-batches in flight, each of one chunk, {part} (limit):",
         *_columns([f"rank {rank}: {most} ({limit})" for rank, (most, limit) in enumerate(counts)], width),
     ]
 

@@ -43,12 +43,16 @@ def schedule_text(timeline: Timeline, virtual_stages: int, width: int) -> list[s
     titles = [f"rank {rank} " for rank in range(len(timeline.ranks))]
     margin = len(titles[-1])
     scale = _scale(timeline, virtual_stages, width - margin)
-    windows = _windows(scale.column(timeline.duration), width - margin)
+    end = scale.column(timeline.duration)
+    windows = _windows(end, width - margin)
     lines = [
         title.ljust(margin) + CUT.join(_row(rank, window, scale, virtual_stages) for window in windows)
         for title, rank in zip(titles, timeline.ranks, strict=True)
     ]
-    edges = [[_time(column / scale.columns) for column in window] for window in windows]
+    edges = [
+        [_time(timeline.duration if column == end else column / scale.columns) for column in window]
+        for window in windows
+    ]
     axis = [
         low + high.rjust(stop - start - len(low)) for (low, high), (start, stop) in zip(edges, windows, strict=True)
     ]
