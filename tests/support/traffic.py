@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class Operators(TorchDispatchMode):
 
 def counted_twice(config: Recipe) -> tuple[Counter, Counter]:
     """(kind, elements) of all calls from the engine's making on: by our counter, and by the dispatcher's operators."""
+    importlib.import_module("torch._dynamo")  # zero.Init imports it while torch.Tensor is patched, which it refuses
     mesh = own_mesh(config)
     with Traffic(mesh) as traffic, Operators() as operators:
         count_step(config, mesh)

@@ -228,31 +228,6 @@ def parallel(
     return [outcome if mesh.zero_rank == 0 else Outcome(outcome.losses, outcome.norms, gathers=outcome.gathers), parts]
 
 
-def reduced_elements(config: Recipe) -> int:
-    """Elements that this rank gives to reductions over its data group in one step."""
-    from deepspeed.runtime.zero import stage3, stage_1_and_2
-
-    total = [0]
-    bucket = stage3.reduce_scatter_coalesced
-    averaged = stage_1_and_2.DeepSpeedZeroOptimizer.average_tensor
-
-    def scatter(tensors: list[torch.Tensor], group: Any) -> Any:
-        total[0] += sum(tensor.numel() for tensor in tensors)
-        return bucket(tensors, group)
-
-    def average(self: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        total[0] += tensor.numel()
-        return averaged(self, tensor, *args, **kwargs)
-
-    with (
-        mock.patch.object(stage3, "reduce_scatter_coalesced", scatter),
-        mock.patch.object(stage_1_and_2.DeepSpeedZeroOptimizer, "average_tensor", average),
-    ):
-        outcome, _ = parallel(config, 1)
-    assert len(outcome.losses) == 1
-    return total[0]
-
-
 def fetches(config: Recipe, without: tuple[str, ...]) -> int:
     """How often ZeRO-3's hooks ask for the parameters of a module, on this rank in one step."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
