@@ -5,7 +5,7 @@ import sys
 import typer
 
 from megacode.errors import UserError
-from megacode.tools import convert, demo, doctor, generate, plan, prepare, report, tokenizer, verify
+from megacode.tools import convert, demo, doctor, generate, plan, prepare, report, schedule, tokenizer, verify
 
 app = typer.Typer(
     help="megacode: train code language models of the Code Llama family.",
@@ -18,6 +18,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(convert.app, name="convert")
 app.command()(generate.generate)
 app.command()(plan.plan)
+app.command()(schedule.schedule)
 app.command()(demo.demo)
 app.command()(verify.verify)
 app.command()(report.report)

@@ -156,12 +156,21 @@ def schedule_svg(timeline: Timeline, virtual_stages: int = 1) -> str:
         x += width + BREAK
     names = range(0, pipeline, 1 if row > 14 else 2)
     parts += [label(left - 8, top + (rank + 0.5) * row + 4, f"rank {rank}", "end") for rank in names]
+    parts += _legend(left, bottom + 30, virtual_stages)
     parts.append(label(WIDTH - 14, bottom + 30, "time, in forwards of one chunk", "end", "title"))
     description = (
         f"Timeline of 1F1B on {pipeline} pipeline ranks, {timeline.duration:,.0f} units long; "
         f"idle {timeline.bubble_share:.1%} of the time"
     )
     return picture(WIDTH, bottom + 36, description, *parts, class_="chart schedule")
+
+
+def _legend(x: float, y: float, virtual_stages: int) -> list[str]:
+    parts = []
+    for number, kind in enumerate(("forward", "backward", "idle")):
+        left = x + 100 * number
+        parts += [tag("rect", x=left, y=y - 9, width=20, height=10, class_=kind), label(left + 26, y, kind)]
+    return [*parts, label(x + 270, y, "lighter: later chunks")] if virtual_stages > 1 else parts
 
 
 def schedule_windows(timeline: Timeline) -> list[tuple[float, float]]:

@@ -69,6 +69,13 @@ def picture(width: float, height: float, description: str, *children: str, class
     )  # fmt: skip
 
 
+def standalone(svg: str, style: str) -> str:
+    """A picture as a file of its own: with its style sheet and a white ground."""
+    opening, inside = svg.split(">", 1)
+    ground = tag("rect", width="100%", height="100%", fill="#fff")
+    return f'{opening} xmlns="http://www.w3.org/2000/svg">{tag("style", style)}{ground}{inside}\n'
+
+
 def style_of(number: int) -> str:
     """The classes of the number-th series: colours first, then the colours again, dashed."""
     return f"c{number % NUM_COLORS} d{number // NUM_COLORS % 3}"

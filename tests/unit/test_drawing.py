@@ -176,5 +176,6 @@ def test_of_a_long_schedule_beginning_and_end_are_drawn():
     (start, head), (tail, stop) = diagrams.schedule_windows(timeline)
     assert (start, stop) == (0, timeline.duration)
     assert timeline.ranks[0][7].stop < head < tail
-    drawn = len(elements(diagrams.schedule_svg(timeline), "rect", "idle"))
-    assert drawn == 2
+    spans = [float(rect.get("width")) for rect in elements(diagrams.schedule_svg(timeline), "rect", "idle")]
+    assert len(spans) == 3
+    assert spans[0] == spans[1] > 400 > 20 == spans[2]  # the last one is the legend's

@@ -215,11 +215,4 @@ def schedule(run: Run) -> str:
     note = ""
     if len(windows) > 1:
         note = f"beginning and end; {windows[1][0] - windows[0][1]:,.0f} of {timeline.duration:,.0f} units are left out"
-    kinds = "".join(
-        tag("li", tag("svg", tag("rect", x=1, y=1, width=20, height=10, class_=kind), viewBox="0 0 22 12", width=22,
-                      height=12, aria_hidden="true"), kind)
-        for kind in ("forward", "backward", "idle")
-    )  # fmt: skip
-    return said + figure(
-        "One step", schedule_svg(timeline, found.virtual_stages), note, tag("ul", kinds, class_="legend")
-    )
+    return said + figure("One step", schedule_svg(timeline, found.virtual_stages), note)

@@ -1,11 +1,22 @@
-"""Style sheet and script of the report's page."""
+"""Style sheet and script of the report's page; of it, what a drawing of a schedule needs by itself."""
 
-STYLE = """
-:root { color-scheme: light dark;
-  --paper: #fbfaf6; --sheet: #ffffff; --ink: #1d2329; --soft: #565f69; --rule: #d9d5ca; --hair: #ece8de;
+import re
+
+LIGHT = """  --paper: #fbfaf6; --sheet: #ffffff; --ink: #1d2329; --soft: #565f69; --rule: #d9d5ca; --hair: #ece8de;
   --good: #14694b; --bad: #a8291b; --wait: #7a5a00; --link: #1b5e9b;
   --c0: #1b5e9b; --c1: #bf4f06; --c2: #11795a; --c3: #923482; --c4: #806400; --c5: #58626e;
-  --forward: #abcbea; --backward: #f2c79c; }
+  --forward: #abcbea; --backward: #f2c79c;"""
+
+SCHEDULE = """
+svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg .title, svg .number { fill: var(--ink); }
+.idle { fill: var(--hair); }
+.forward { fill: var(--forward); stroke: var(--c0); } .backward { fill: var(--backward); stroke: var(--c1); }
+.forward, .backward { stroke-width: .7; } path.o1 { fill-opacity: .68; } path.o2 { fill-opacity: .36; }
+svg .inside { font-size: 11px; fill: var(--ink); }
+"""
+
+_PAGE = """
 @media (prefers-color-scheme: dark) { :root {
   --paper: #14171a; --sheet: #1a1e22; --ink: #e6e4de; --soft: #a3abb3; --rule: #3a4148; --hair: #2a3036;
   --good: #6ccfa6; --bad: #ff9a8a; --wait: #e4c15c; --link: #7db8ee;
@@ -47,8 +58,6 @@ figcaption::before { counter-increment: figure; content: "Fig. " counter(figure)
   font-variant-numeric: tabular-nums; }
 svg.chart { display: block; width: 100%; height: auto; background: var(--sheet); border: 1px solid var(--rule); }
 svg.chart:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
-svg .title, svg .number { fill: var(--ink); }
 .plot { fill: none; } .grid { stroke: var(--hair); } .axis { stroke: var(--soft); }
 .mark { stroke: var(--soft); stroke-dasharray: 2 3; opacity: .7; } .cursor { stroke: var(--ink); stroke-width: 1; }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
@@ -60,10 +69,6 @@ svg .title, svg .number { fill: var(--ink); }
 .part { fill: var(--c); } .part.o1 { opacity: .62; } .part.o2 { opacity: .36; }
 .trough { fill: var(--hair); } svg.share { vertical-align: middle; }
 .cell { fill: var(--c); fill-opacity: .15; stroke: var(--c); } .sheet { fill: var(--sheet); stroke: var(--soft); }
-.idle { fill: var(--hair); }
-.forward { fill: var(--forward); stroke: var(--c0); } .backward { fill: var(--backward); stroke: var(--c1); }
-.forward, .backward { stroke-width: .7; } path.o1 { fill-opacity: .68; } path.o2 { fill-opacity: .36; }
-svg .inside { font-size: 11px; fill: var(--ink); }
 table { border-collapse: collapse; width: 100%; font-size: 14px; margin: 0 0 16px; background: var(--sheet); }
 th, td { text-align: left; vertical-align: top; padding: 5px 10px; border: 1px solid var(--rule);
   border-width: 1px 0; overflow-wrap: anywhere; }
@@ -86,6 +91,18 @@ footer { margin-top: 44px; padding-bottom: 40px; font-size: 13px; color: var(--s
   details::details-content { content-visibility: visible; }
 }
 """
+
+STYLE = f":root {{ color-scheme: light dark;\n{LIGHT} }}\n{SCHEDULE}{_PAGE}"
+
+
+def schedule_style() -> str:
+    """The rules of `schedule_svg` for a file of its own: light, and with the colours written in.
+
+    Viewers other than browsers know no variables.
+    """
+    colors = dict(re.findall(r"--(\w+): (#\w+)", LIGHT))
+    return "text { font-family: sans-serif; }" + re.sub(r"var\(--(\w+)\)", lambda found: colors[found[1]], SCHEDULE)
+
 
 SCRIPT = """
 "use strict";
