@@ -12,6 +12,7 @@ from typing import Literal
 
 from megacode.engine.config import deepspeed_config
 from megacode.parallel.schedule import one_f_one_b
+from megacode.parallel.timeline import in_flight
 from megacode.plan.job import Job, Offload
 from megacode.plan.layout import Layout, vocabulary_rows
 from megacode.plan.shape import llama
@@ -145,18 +146,17 @@ class Load:
 @lru_cache(maxsize=4096)
 def loads(pipeline: int, rank: int, num_micro_batches: int, virtual_stages: int) -> tuple[Load, ...]:
     """The operations of a rank's schedule that can be its worst moment: none that another surpasses in every part."""
-    held, forwards, backwards = ([0] * virtual_stages for _ in range(3))
+    forwards, backwards = ([0] * virtual_stages for _ in range(2))
     found: dict[tuple[str, int], list[Load]] = {}
-    for operation in one_f_one_b(pipeline, rank, num_micro_batches, virtual_stages):
+    operations = one_f_one_b(pipeline, rank, num_micro_batches, virtual_stages)
+    for operation, held in zip(operations, in_flight(operations, virtual_stages), strict=True):
         if operation.kind == "forward":
-            held[operation.chunk] += 1
             forwards[operation.chunk] += 1
-        load = Load(operation.kind, operation.chunk, tuple(held), tuple(forwards), tuple(backwards))
+        load = Load(operation.kind, operation.chunk, held, tuple(forwards), tuple(backwards))
         alike = found.setdefault((load.kind, load.chunk), [])
         if not any(_surpasses(early, load) for early in alike):
             alike[:] = [early for early in alike if not _surpasses(load, early)] + [load]
         if operation.kind == "backward":
-            held[operation.chunk] -= 1
             backwards[operation.chunk] += 1
     return tuple(load for alike in found.values() for load in alike)
 

@@ -34,7 +34,7 @@ def recipe(**sections: Any) -> Recipe:
         "tokenizer": {"path": "unused"},
         "data": {"train": "unused"},
         "batch": {"global_samples": 8, "micro_samples": 1, "sequence_length": 16},
-        "optimizer": {"learning_rate": 1e-2, "clip": 0.5, "epsilon": 1e-8},
+        "optimizer": {"learning_rate": 1e-2, "clip": 0.5},
         "schedule": {"steps": 3, "warmup_steps": 0},
     }
     for key, value in sections.items():

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from megacode import recipe as recipes
 from megacode.cli import app
 from megacode.errors import UserError
-from megacode.parallel.schedule import one_f_one_b
+from megacode.parallel.timeline import simulate
 from megacode.plan.cost import Cost
 from megacode.plan.hardware import HARDWARE
 from megacode.plan.layout import fit
@@ -76,29 +76,8 @@ def test_the_bubble_is_that_of_the_schedule(pipeline, virtual, batches):
     config = big(parallel={"pipeline": pipeline, "virtual_stages": virtual}, batch={"global_samples": batches})
     cost = Cost(recipe_job(config, fit(config, pipeline)), free)
     idle = cost._bubble_seconds / sum((f + b).total for f, b in cost._work) * pipeline / batches
-    assert idle == pytest.approx(simulated_bubble(pipeline, virtual, batches), rel=0.1)
-
-
-def simulated_bubble(pipeline, virtual, batches):
-    """Idle over busy time of the first rank."""
-    lists = [one_f_one_b(pipeline, rank, batches, virtual) for rank in range(pipeline)]
-    clock, place, done = [0.0] * pipeline, [0] * pipeline, {}
-    stages = pipeline * virtual
-    while any(place[rank] < len(lists[rank]) for rank in range(pipeline)):
-        for rank in range(pipeline):
-            while place[rank] < len(lists[rank]):
-                operation = lists[rank][place[rank]]
-                stage, kind = operation.chunk * pipeline + rank, operation.kind
-                before = (kind, stage - 1 if kind == "forward" else stage + 1, operation.micro_batch)
-                first = stage == (0 if kind == "forward" else stages - 1)
-                if not first and before not in done:
-                    break
-                start = max(clock[rank], 0.0 if first else done[before])
-                clock[rank] = start + (1.0 if kind == "forward" else 2.0)
-                done[kind, stage, operation.micro_batch] = clock[rank]
-                place[rank] += 1
-    busy = 3.0 * batches * virtual
-    return (max(clock) - busy) / busy
+    share = simulate(pipeline, batches, virtual).bubble_share
+    assert idle == pytest.approx(share / (1 - share), rel=0.1)
 
 
 def test_the_search_ranks_what_fits_and_says_why_the_rest_does_not():

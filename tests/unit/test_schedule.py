@@ -5,33 +5,25 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from support.schedules import everywhere
 from support.training import recipe
 
 from megacode.parallel.pipeline import _Sends
 from megacode.parallel.schedule import forwards_only, one_f_one_b
+from megacode.parallel.timeline import in_flight, in_flight_limit
 from megacode.train.schedule import learning_rate
 
-CASES = st.tuples(st.integers(1, 6), st.integers(1, 12)).map(lambda c: (c[0], c[1], 1)) | st.tuples(
-    st.integers(2, 5), st.integers(1, 4), st.integers(2, 4)
-).map(lambda c: (c[0], c[0] * c[1], c[2]))
-"""(pipeline, micro-batches, virtual stages)"""
 
-
-@given(CASES)
+@everywhere
 def test_each_micro_batch_goes_forward_and_then_back_through_each_chunk_once(case):
     pipeline, num_micro_batches, virtual = case
     for rank in range(pipeline):
         operations = one_f_one_b(pipeline, rank, num_micro_batches, virtual)
-        assert len(set(operations)) == len(operations) == 2 * num_micro_batches * virtual
+        numbers = {(o.kind, o.chunk, o.micro_batch): number for number, o in enumerate(operations)}
+        assert len(numbers) == len(operations) == 2 * num_micro_batches * virtual, case
         for chunk in range(virtual):
             for m in range(num_micro_batches):
-                forward, backward = (
-                    next(i for i, o in enumerate(operations) if (o.kind, o.chunk, o.micro_batch) == (kind, chunk, m))
-                    for kind in ("forward", "backward")
-                )
-                assert forward < backward
+                assert numbers["forward", chunk, m] < numbers["backward", chunk, m], case
 
 
 def replay(schedules, pipeline, virtual):
@@ -59,13 +51,13 @@ def replay(schedules, pipeline, virtual):
     return [operations[p:] for operations, p in zip(schedules, position, strict=True)]
 
 
-@given(CASES)
+@everywhere
 def test_no_deadlock(case):
     pipeline, num_micro_batches, virtual = case
     schedules = [one_f_one_b(pipeline, rank, num_micro_batches, virtual) for rank in range(pipeline)]
-    assert replay(schedules, pipeline, virtual) == [[] for _ in range(pipeline)]
+    assert replay(schedules, pipeline, virtual) == [[] for _ in range(pipeline)], case
     forwards = [forwards_only(pipeline, num_micro_batches, virtual) for _ in range(pipeline)]
-    assert replay(forwards, pipeline, virtual) == [[] for _ in range(pipeline)]
+    assert replay(forwards, pipeline, virtual) == [[] for _ in range(pipeline)], case
 
 
 def transfers(operations, rank, pipeline, virtual):
@@ -82,7 +74,7 @@ def transfers(operations, rank, pipeline, virtual):
     return sends, receives
 
 
-@given(CASES)
+@everywhere
 def test_neighbours_send_and_receive_in_the_same_order(case):
     """NCCL has no tags: in the one group of a direction, the order alone says which transfer is which."""
     pipeline, num_micro_batches, virtual = case
@@ -96,17 +88,25 @@ def test_neighbours_send_and_receive_in_the_same_order(case):
             assert sent == [receive for receive in sides[edge[1]][1] if receive[0] == edge]
 
 
-@given(CASES)
+@everywhere
 def test_activations_in_flight_stay_within_the_theory(case):
     pipeline, num_micro_batches, virtual = case
     for rank in range(pipeline):
-        held = most = 0
-        for o in one_f_one_b(pipeline, rank, num_micro_batches, virtual):
-            held += 1 if o.kind == "forward" else -1
-            most = max(most, held)
-        # Narayanan et al. 2021, section 2.2: the warm-up forwards and one more.
-        limit = pipeline - rank if virtual == 1 else 2 * (pipeline - rank - 1) + (virtual - 1) * pipeline + 1
-        assert most == min(limit, num_micro_batches * virtual)
+        kept = list(in_flight(one_f_one_b(pipeline, rank, num_micro_batches, virtual), virtual))
+        most = max(map(sum, kept))
+        assert most == min(in_flight_limit(pipeline, rank, virtual), num_micro_batches * virtual), case
+        assert all(0 <= chunk <= num_micro_batches for held in kept for chunk in held), case
+
+
+def test_in_flight_by_hand():
+    """p = 2, m = 2, v = 2, rank 1: forwards of both chunks, and what each backward lets go of."""
+    operations = one_f_one_b(2, 1, 2, 2)
+    assert [(o.kind[0], o.chunk, o.micro_batch) for o in operations] == [
+        ("f", 0, 0), ("f", 0, 1), ("f", 1, 0), ("b", 1, 0), ("f", 1, 1), ("b", 1, 1), ("b", 0, 0), ("b", 0, 1),
+    ]  # fmt: skip
+    assert list(in_flight(operations, 2)) == [(1, 0), (2, 0), (2, 1), (2, 1), (2, 1), (2, 1), (2, 0), (1, 0)]
+    assert [in_flight_limit(4, rank) for rank in range(4)] == [4, 3, 2, 1]
+    assert [in_flight_limit(4, rank, 2) for rank in range(4)] == [11, 9, 7, 5]
 
 
 def test_learning_rate_warms_up_to_the_peak_and_ends_at_a_thirtieth():
