@@ -68,8 +68,11 @@ def attention_flash(
     flash_attn = importlib.import_module("flash_attn")  # by name: type checkers seldom have the package
     if cu_seqlens is None:
         return flash_attn.flash_attn_func(q, k, v, causal=True)
-    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    longest, longest_k = (int(bounds.diff().max()) for bounds in (cu_seqlens, cu_seqlens_k))
+    longest = longest_k = int(cu_seqlens.diff().max())
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    else:
+        longest_k = int(cu_seqlens_k.diff().max())
     flat = (x.flatten(0, 1) for x in (q, k, v))  # [batch * sequence, heads, head_dim]
     return flash_attn.flash_attn_varlen_func(*flat, cu_seqlens, cu_seqlens_k, longest, longest_k, causal=True).view(
         q.shape

@@ -21,7 +21,7 @@ from megacode.recipe import Recipe
 RESERVED_GIB = 3.0
 """Of a device's memory, not for tensors: CUDA's context, NCCL's buffers, fragmentation."""
 SHOWN_LAYOUTS, SHOWN_REASONS = 10, 15
-NOT_YET = "* not in the trainer yet: what it would need"
+MARK = "* with parallel.recompute or parallel.sequence"
 
 
 class Device(StrEnum):
@@ -154,8 +154,15 @@ def _show_layout(console: Any, own: dict[str, Any]) -> None:
         for row in own["policies"]
     ]  # fmt: skip
     head = ["gather", "reduce", "recompute", "offload", "GiB", "GiB, sequence parallel *", "host GiB a GPU", ""]
-    _table(console, f"The worst stage under other policies ({NOT_YET})", head, rows)
-    rows = [[row["name"], row["calls"], f"{row['sent_bytes'] / GIB:.2f}"] for row in own["exchanges"]]
+    _table(console, f"The worst stage under other policies ({MARK})", head, rows)
+    rows = [
+        [
+            row["name"],
+            str(row["calls"]) if row["most_calls"] == row["calls"] else f"{row['calls']} to {row['most_calls']}",
+            f"{row['sent_bytes'] / GIB:.2f}",
+        ]
+        for row in own["exchanges"]
+    ]
     _table(console, "What one GPU of the slowest stage sends in a step", ["", "calls", "GiB"], rows)
     parts = ", ".join(f"{name} {value:.3f}" for name, value in own["parts_seconds"].items() if value > 0)
     console.print(

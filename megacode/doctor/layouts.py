@@ -1,20 +1,16 @@
 """A tiny model trained in parallel layouts against one process: losses, norms, clipping, weights, fp32 masters."""
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megacode.doctor.finding import Finding, verdict
-from megacode.doctor.probe import Outcome, compare, in_layout, one_process
-from megacode.engine.zero import start_deepspeed
+from megacode.doctor.outcome import Outcome, compare
+from megacode.doctor.probe import reference, train
 from megacode.model.layers import Slice, initial_values
-from megacode.parallel.mesh import Mesh, build_mesh
 from megacode.plan.layout import Layout, fit
 from megacode.recipe import Recipe
-from megacode.train.launch import find_device, find_place
 
 Run = Callable[..., list[Any]]
 """run(function, *args): calls it on every rank of a world; results in rank order."""
@@ -71,25 +67,6 @@ def recipe(num_processes: int, tensor: int, pipeline: int, num_micro_batches: in
     return Recipe.model_validate(values)
 
 
-def train(config: Recipe, steps: int) -> Outcome:
-    """A rank's part of the training. Collective over the world; weights are on rank 0 only."""
-    start_deepspeed()
-    layout = fit(config, dist.get_world_size())
-    return in_layout(
-        config,
-        layout,
-        _mesh(layout.pipeline, layout.data, layout.tensor, layout.context),
-        find_device(find_place()),
-        steps,
-    )
-
-
-@functools.cache
-def _mesh(pipeline: int, data: int, tensor: int, context: int) -> Mesh:
-    """One mesh a process and layout: each gloo group polls in threads of its own."""
-    return build_mesh(pipeline, data, tensor, context)
-
-
 def name(layout: Layout) -> str:
     """As people write it."""
     context = f" x CP{layout.context}" if layout.context > 1 else ""
@@ -100,7 +77,7 @@ def check_layouts(run: Run, num_processes: int) -> Iterator[Finding]:
     """Each layout trains as one process does: loss, norm over the whole model, weights."""
     for tensor, pipeline in layouts(num_processes):
         config = recipe(num_processes, tensor, pipeline)
-        yield judge(name(fit(config, num_processes)), run(train, config, STEPS)[0], one_process(config, STEPS), "")
+        yield judge(name(fit(config, num_processes)), run(train, config, STEPS), reference(config, STEPS), "")
     if num_processes % 2:
         text = f"{num_processes} processes can be data ranks only; tensor and pipeline ranks were not tried"
         yield Finding("TP, PP", "skipped", text)
@@ -109,37 +86,41 @@ def check_layouts(run: Run, num_processes: int) -> Iterator[Finding]:
 def check_clipping(run: Run, num_processes: int) -> Iterator[Finding]:
     """Clipping by the norm of the whole model, whichever ranks hold its parts."""
     config = recipe(num_processes, *layouts(num_processes)[0], num_micro_batches=4, optimizer=CLIPPED)
-    expected = one_process(config, STEPS)
+    expected = reference(config, STEPS)
     assert min(expected.norms) > 10 * CLIPPED["clip"], "clipping must bite"
     cut = f"norm {expected.norms[0]:.3f} to {CLIPPED['clip']}: "
-    yield judge("clipping", run(train, config, STEPS)[0], expected, cut)
+    yield judge("clipping", run(train, config, STEPS), expected, cut)
 
 
-def judge(title: str, actual: Outcome, expected: Outcome, head: str) -> Finding:
+def judge(title: str, ranks: list[Outcome], expected: Outcome, head: str) -> Finding:
     """ok when loss, norm and weights are within the tolerance of one process."""
-    differences = compare(actual, expected)
-    figures = f"loss {differences.loss:.0e}, norm {differences.norm:.0e}, weights {differences.weight:.0e}"
-    return verdict(title, differences.largest <= TOLERANCE, f"{head}{figures} off (tolerance {TOLERANCE:.0e})", MEND)
+    off = compare(ranks, expected)
+    figures = f"loss {off.loss:.0e}, norm {off.norm:.0e}, weights {off.weight:.0e}"
+    right = max(off.loss, off.norm, off.weight) <= TOLERANCE
+    return verdict(title, right, f"{head}{figures} off (tolerance {TOLERANCE:.0e})", MEND)
 
 
 def check_masters(run: Run, num_processes: int) -> Iterator[Finding]:
     """bf16 training with fp32 masters: near fp32's loss, and steps too small for bf16 still move the weights."""
     config = recipe(num_processes, *layouts(num_processes)[0], precision="bf16", optimizer=SMALL_STEPS)
-    yield judge_masters(config, run(train, config, 1)[0], one_process(config, 1))
+    yield judge_masters(config, run(train, config, 1), reference(config, 1))
 
 
-def judge_masters(config: Recipe, actual: Outcome, expected: Outcome) -> Finding:
+def judge_masters(config: Recipe, ranks: list[Outcome], expected: Outcome) -> Finding:
     """ok when the loss is near and most weights of the matrices have moved."""
-    loss = compare(actual, expected).loss
-    # Not the embedding: rows of absent tokens stay. Not the norms: near 1, fp32 too has hardly so small a step.
-    matrices = {n: w for n, w in actual.weights.items() if w.ndim == 2 and "embed" not in n}
-    moved = sum(int((w != initial(config, n, w)).sum()) for n, w in matrices.items())
-    share = moved / sum(w.numel() for w in matrices.values())
+    loss = compare(ranks, expected).loss
+    moved = total = 0
+    for outcome in ranks:
+        for parameter, weight in outcome.weights.items():
+            # Not the embedding: rows of absent tokens stay. Not the norms: near 1, fp32 too has hardly so small a step.
+            if weight.ndim == 2 and "embed" not in parameter:
+                moved += int((weight != initial(config, parameter, outcome.parts[parameter])).sum())
+                total += weight.numel()
     near = f"loss {loss:.0e} from fp32's (tolerance {BF16_LOSS_TOLERANCE:.0e})"
-    text = f"{near}; a step of {SMALL_STEPS['learning_rate']:.0e} moves {share:.0%} of the weights"
-    return verdict("bf16, fp32 masters", loss <= BF16_LOSS_TOLERANCE and share > 0.5, text, MEND)
+    text = f"{near}; a step of {SMALL_STEPS['learning_rate']:.0e} moves {moved / total:.0%} of the weights"
+    return verdict("bf16, fp32 masters", loss <= BF16_LOSS_TOLERANCE and moved > 0.5 * total, text, MEND)
 
 
-def initial(config: Recipe, parameter: str, like: torch.Tensor) -> torch.Tensor:
-    """What the weights of a matrix were at the start."""
-    return initial_values(parameter, Slice(tuple(like.shape), config.model.init_std), config.seed)
+def initial(config: Recipe, parameter: str, part: Slice) -> torch.Tensor:
+    """What a rank's part of the weights was at the start."""
+    return part.take(initial_values(parameter, part, config.seed))

@@ -1,169 +1,166 @@
-"""The same training twice: in one plain process and in a layout, from the same weights on the same tokens.
+"""The same training twice: in one plain process and in a layout, from the same weights on the same samples.
 
-Any recipe will do. Tokens are random and documents, where the recipe masks them, too; both are a function of the
-recipe's seed, the step and the sample's place in it.
+Any recipe will do. The learning rate is the recipe's peak, in every step: a warm-up's first steps hardly move a weight.
+Many layouts run in one set of processes: meshes are kept by their sizes, and the reference on random tokens by what
+the recipe says beside its layout.
 """
 
-from dataclasses import dataclass, field
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacode.engine.zero import ZeroEngine, adam
+from megacode.checkpoint.store import CheckpointReader
+from megacode.data.stream import step_indices
+from megacode.doctor.outcome import GRADIENT, WEIGHT, Outcome
+from megacode.doctor.samples import RandomSamples, Samples
+from megacode.engine.zero import ZeroEngine, adam, start_deepspeed
 from megacode.model.layers import IGNORE, PlainLayers, Slice, initial_values, part_of
-from megacode.model.llama import Llama, initialise
-from megacode.parallel.mesh import Mesh
+from megacode.model.llama import Llama
+from megacode.parallel.context import own_part
+from megacode.parallel.mesh import Mesh, build_mesh
 from megacode.parallel.pipeline import MicroBatch
-from megacode.plan.layout import Layout
-from megacode.recipe import Recipe
+from megacode.plan.layout import Layout, fit
+from megacode.recipe import ParallelSection, Recipe
+from megacode.train.launch import find_device, find_place
 
 
-@dataclass
-class Outcome:
-    """What a training leaves."""
-
-    losses: list[float] = field(default_factory=list)
-    """Of each step, the mean negative log-likelihood over the valid tokens."""
-    norms: list[float] = field(default_factory=list)
-    """Of each step, the gradient's norm over the whole model, before clipping."""
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """At the end, every whole parameter by its global name; fp32, on the CPU."""
-    drift: float = 0.0
-    """Largest difference between the copies of a parameter that several tensor ranks hold."""
+def train(recipe: Recipe, steps: int) -> Outcome:
+    """A rank's part of the training in the recipe's layout, on random tokens. Collective over the world."""
+    return in_layout(recipe, RandomSamples(recipe), steps)
 
 
-@dataclass(frozen=True)
-class Differences:
-    """Largest differences between two outcomes; infinite where a value is not finite."""
-
-    loss: float
-    """Relative."""
-    norm: float
-    """Relative."""
-    weight: float
-    """Absolute; also between copies that should be equal."""
-
-    @property
-    def largest(self) -> float:
-        """Of the three."""
-        return max(self.loss, self.norm, self.weight)
+def reference(recipe: Recipe, steps: int) -> Outcome:
+    """The same training in one process; computed once for all recipes that differ in layout and precision alone."""
+    return _reference(alike(recipe).model_dump_json(), steps)
 
 
-def compare(actual: Outcome, expected: Outcome) -> Differences:
-    """How far one outcome is from another, which has the same steps and parameters."""
-    assert actual.weights.keys() == expected.weights.keys()
-    return Differences(
-        _relative(actual.losses, expected.losses),
-        _relative(actual.norms, expected.norms),
-        max(actual.drift, *(_finite((actual.weights[n] - e).abs().max()) for n, e in expected.weights.items())),
-    )
+@functools.lru_cache(maxsize=8)
+def _reference(recipe: str, steps: int) -> Outcome:
+    config = Recipe.model_validate_json(recipe)
+    return one_process(config, RandomSamples(config), steps)
 
 
-def one_process(recipe: Recipe, steps: int, device: torch.device | str = "cpu") -> Outcome:
-    """The recipe's training in one process, in fp32: plain torch, whole parameters, no DeepSpeed.
+def alike(recipe: Recipe) -> Recipe:
+    """The recipe without what must not matter: two that are alike so are the same training."""
+    return recipe.model_copy(update={"parallel": ParallelSection(), "precision": "fp32", "deepspeed_config": None})
 
-    The learning rate is the recipe's peak, in every step.
-    """
-    device, batch, clip = torch.device(device), recipe.batch, recipe.optimizer.clip
+
+def start_weights(recipe: Recipe) -> Callable[[str, Slice], Tensor]:
+    """(name, part) -> where a training starts: `checkpoint.start_from`, or the seed's initial values."""
+    if recipe.checkpoint.start_from is not None:
+        return CheckpointReader(Path(recipe.checkpoint.start_from)).read_part
+    return lambda name, part: part.take(initial_values(name, part, recipe.seed))
+
+
+def one_process(recipe: Recipe, samples: Samples, steps: int, device: torch.device | str = "cpu") -> Outcome:
+    """The recipe's training in one process, in fp32: plain torch, whole parameters, no DeepSpeed."""
+    device, clip, started = torch.device(device), recipe.optimizer.clip, time.monotonic()
     with device:
         model = Llama(recipe.model, PlainLayers(device, torch.float32))
-    initialise(model, recipe.seed)
+    start, parameters = start_weights(recipe), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(start(name, part_of(parameter)))
     optimizer = adam(model.parameters(), recipe.optimizer)
-    outcome = Outcome()
+    outcome = Outcome(parts={name: part_of(parameter) for name, parameter in parameters.items()})
     for step in range(steps):
-        tokens = Samples(recipe, step)
+        batches, num_valid = _batches(recipe, samples, step, device)
         total = 0.0
-        for first in range(0, batch.global_samples, batch.micro_samples):
-            micro = tokens.micro_batch(first, device)
-            losses = model(micro.tokens, micro.positions, micro.cu_seqlens, micro.labels)
-            loss = losses.sum() / tokens.num_valid
+        for batch in batches:
+            losses = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
+            loss = losses.sum() / num_valid
             loss.backward()
             total += loss.item()
         outcome.losses.append(total)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
+        if step == 0:
+            outcome.gradients = {name: _host(p.grad) for name, p in parameters.items() if p.grad is not None}
+        # fp64 as DeepSpeed: on a CPU torch's fp32 norm of a million elements is off by up to 2e-5.
+        squares = sum(p.grad.double().square().sum() for p in parameters.values() if p.grad is not None)
+        norm = torch.as_tensor(squares).sqrt()
         outcome.norms.append(float(norm))
+        if clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters.values(), clip, norm)
         optimizer.step()
         optimizer.zero_grad()
-    outcome.weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    outcome.weights = {name: _host(parameter.detach()) for name, parameter in parameters.items()}
+    ways = [outcome.weights[name] - start(name, part_of(parameter)) for name, parameter in parameters.items()]
+    outcome.moved = sum(float(way.double().square().sum()) for way in ways) ** 0.5
+    outcome.seconds = time.monotonic() - started
     return outcome
 
 
-def in_layout(recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, steps: int) -> Outcome:
-    """The recipe's training in its layout and precision. Collective; weights are on rank 0 only."""
+def in_layout(recipe: Recipe, samples: Samples, steps: int) -> Outcome:
+    """A rank's part of the recipe's training in its layout and precision. Collective over the world.
+
+    Of ranks that hold the same parameters the first data rank has tensors in its outcome.
+    """
+    started = time.monotonic()
+    start_deepspeed()
+    layout, device = fit(recipe, dist.get_world_size()), find_device(find_place())
+    mesh = mesh_of(layout)
     engine = ZeroEngine(recipe, layout, mesh, device)
+    start = start_weights(recipe)
     for name, parameter in engine.parameters.items():
-        part = part_of(parameter)
-        engine.write(name, part.take(initial_values(name, part, recipe.seed)))
-    outcome, size = Outcome(), recipe.batch.micro_samples
+        engine.write(name, start(name, part_of(parameter)))
+    outcome = Outcome(parts={name: part_of(parameter) for name, parameter in engine.parameters.items()})
     for step in range(steps):
-        tokens = Samples(recipe, step)
-        mine = [(number * mesh.zero_size + mesh.zero_rank) * size for number in range(layout.num_micro_batches)]
-        batches = [tokens.micro_batch(first, device) for first in mine]
-        loss = engine.train_step(batches, mesh.zero_size / tokens.num_valid)
+        batches, num_valid = _batches(recipe, samples, step, device, mesh)
+        dist.all_reduce(num_valid, group=mesh.data_group)
+        loss = engine.train_step(batches, mesh.zero_size / num_valid)
+        if step == 0:
+            outcome.gradients = _read(engine, mesh, GRADIENT)
         outcome.norms.append(float(engine.update(recipe.optimizer.learning_rate)[0]))
         dist.all_reduce(loss)  # every tensor rank of the last stage has the same, the other stages have zero
-        outcome.losses.append(float(loss.sum()) / mesh.tensor / tokens.num_valid)
-    _gather(engine, mesh, outcome)
+        outcome.losses.append(float(loss.sum() / num_valid) / mesh.tensor)
+    outcome.weights = _read(engine, mesh, WEIGHT)
     engine.engine.destroy()
+    outcome.seconds = time.monotonic() - started
     return outcome
 
 
-class Samples:
-    """The samples of a step, the same for whoever asks."""
-
-    def __init__(self, recipe: Recipe, step: int) -> None:
-        self.recipe = recipe
-        generator = torch.Generator().manual_seed(1_000_003 * recipe.seed + step)
-        count, length = recipe.batch.global_samples, recipe.batch.sequence_length
-        assert recipe.model.vocabulary is not None
-
-        def draw(limit: int, *shape: int) -> Tensor:
-            return torch.randint(0, limit, shape, generator=generator)
-
-        self.tokens = draw(recipe.model.vocabulary, count, length)
-        labels = draw(recipe.model.vocabulary, count, length)
-        # Samples have different numbers of labels with loss, so that a mean of means is not the mean.
-        self.labels = labels.masked_fill(torch.arange(length) < draw(length, count, 1), IGNORE)
-        self.cuts = draw(length, count)
-        self.num_valid = int((self.labels != IGNORE).sum())
-
-    def micro_batch(self, first: int, device: torch.device) -> MicroBatch:
-        """Samples `first` and the following; with document masks each one is of two documents."""
-        rows = slice(first, first + self.recipe.batch.micro_samples)
-        tokens, labels = self.tokens[rows].to(device), self.labels[rows].to(device)
-        batch, sequence = tokens.shape
-        positions = torch.arange(sequence).repeat(batch, 1)
-        cu_seqlens = None
-        if self.recipe.data.document_masks:
-            cuts = self.cuts[rows, None]
-            positions = torch.where(positions < cuts, positions, positions - cuts)
-            starts = torch.arange(batch)[:, None] * sequence + torch.cat((torch.zeros_like(cuts), cuts), dim=1)
-            cu_seqlens = torch.cat((starts.flatten(), torch.tensor([batch * sequence]))).int().to(device)
-        return MicroBatch(tokens, labels, positions.to(device), cu_seqlens)
+def mesh_of(layout: Layout) -> Mesh:
+    """The mesh of a layout, made once a process and kept: each gloo group polls in threads of its own. Collective."""
+    return _mesh(layout.pipeline, layout.data, layout.tensor, layout.context)
 
 
-def _gather(engine: ZeroEngine, mesh: Mesh, outcome: Outcome) -> None:
-    """Put the whole parameters together, on rank 0, from the tensor ranks of all stages. Collective."""
-    mine: dict[str, tuple[Slice, Tensor]] = {}
-    for name, parameter in engine.parameters.items():
-        value = engine.read(name).float().cpu()
+@functools.cache
+def _mesh(pipeline: int, data: int, tensor: int, context: int) -> Mesh:
+    return build_mesh(pipeline, data, tensor, context)
+
+
+def _batches(
+    recipe: Recipe, samples: Samples, step: int, device: torch.device, mesh: Mesh | None = None
+) -> tuple[list[MicroBatch], Tensor]:
+    """A rank's micro-batches of a step (without a mesh: all of them), and how many of their labels count."""
+    batch = recipe.batch
+    data, rank = (mesh.data, mesh.data_rank) if mesh else (1, 0)
+    context, context_rank = (mesh.context, mesh.context_rank) if mesh else (1, 0)
+    numbers = step_indices(step * batch.global_samples, batch.global_samples, batch.micro_samples, data, rank)
+    found = [own_part(samples.micro_batch(each), context, context_rank) for each in numbers]
+    num_valid = sum((each.labels != IGNORE).sum() for each in found)
+    return [_to(each, device) for each in found], torch.as_tensor(num_valid, device=device)
+
+
+def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: value.to(device) for name, value in values.items() if value is not None})
+
+
+def _read(engine: ZeroEngine, mesh: Mesh, key: str) -> dict[str, Tensor]:
+    """This tensor rank's part of every parameter, on the first data rank. Collective over the data ranks."""
+    found = {}
+    for name in engine.parameters:
+        value = engine.read(name, key)
         if mesh.zero_rank == 0:
-            mine[name] = part_of(parameter), value
-    parts: list[dict[str, tuple[Slice, Tensor]]] = [{}] * dist.get_world_size()
-    dist.gather_object(mine, parts if mesh.rank == 0 else None, group=mesh.control_group)
-    for name, (part, value) in (item for rank in parts for item in rank.items()):
-        if name not in outcome.weights:
-            outcome.weights[name] = torch.full(part.shape, float("nan"))  # a hole would show
-        elif part.dim is None:
-            outcome.drift = max(outcome.drift, _finite((outcome.weights[name] - value).abs().max()))
-        part.take(outcome.weights[name]).copy_(value)
+            found[name] = _host(value)
+    return found
 
 
-def _relative(actual: list[float], expected: list[float]) -> float:
-    return max(_finite(abs(a - e) / abs(e)) for a, e in zip(actual, expected, strict=True))
-
-
-def _finite(value: float | Tensor) -> float:
-    value = float(value)
-    return value if value < float("inf") else float("inf")
+def _host(value: Tensor) -> Tensor:
+    return value.detach().float().cpu().clone()

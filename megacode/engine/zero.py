@@ -80,9 +80,9 @@ class ZeroEngine:
         """Forward and backward of a step's micro-batches; gradients are reduced over the data ranks, not yet applied.
 
         Args:
-            batches: this data rank's micro-batches.
+            batches: this data rank's micro-batches, of a context rank its part of each.
             loss_scale: multiplies the summed negative log-likelihood before backward. DeepSpeed averages gradients over
-                the data ranks, so for the mean over the step's valid tokens it is data ranks / valid tokens.
+                data x context ranks, so for the mean over the step's valid tokens it is their number / valid tokens.
 
         Returns:
             [num_groups] unscaled sums of the negative log-likelihoods of this data rank; zero on ranks without the last

@@ -8,6 +8,8 @@ memory-bound operations at the memory's bandwidth, and the exchanges among tenso
 from dataclasses import dataclass, fields
 from functools import cached_property
 
+from megacode.plan import communication
+from megacode.plan.communication import Exchange
 from megacode.plan.hardware import Hardware
 from megacode.plan.job import Job
 
@@ -46,17 +48,6 @@ class Seconds:
 
     def __mul__(self, factor: float) -> "Seconds":
         return Seconds(*(getattr(self, f.name) * factor for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One kind of communication of one rank in a step."""
-
-    name: str
-    calls: int
-    """Collectives, or sends, that one rank takes part in."""
-    sent_bytes: float
-    """What one rank sends."""
 
 
 @dataclass(frozen=True)
@@ -128,23 +119,21 @@ class Cost:
         """Forward, or backward with what it recomputes, of one micro-batch through a rank's chunks."""
         job, layers = self.job, sum(self.job.chunk_layers(rank))
         shape, layout, tokens = job.shape, job.layout, job.micro_tokens
-        again = backward and job.recompute == "full"
-        block = self._layer_seconds(backward)
-        if again:
-            block += self._layer_seconds(False)
+        block = self._layer_seconds("backward" if backward else "forward")
+        if backward and job.recompute == "full":
+            block += self._layer_seconds("again")
         total = block * layers
         first, last = rank == 0, rank == layout.pipeline - 1
-        width, rows = shape.element_bytes * shape.hidden, shape.vocabulary / layout.tensor
+        rows = shape.vocabulary / layout.tensor
         if last:
             flops = 2 * tokens * rows * shape.hidden * (2 if backward else 1)
             # logits and their fp32 copies: written, normalised, read; see docs/plan.md
             traffic = tokens * rows * (20 + 2 * shape.element_bytes)
             total += Seconds(matmul=flops / self._matmul_speed, memory=traffic / self._memory)
-        if layout.tensor > 1 and ((last and backward) or (first and not backward)):
-            total += Seconds(tensor=self._all_reduce(tokens * width, layout.tensor, 1) * (1 - self.overlap))
+        total += self._tensor_seconds(communication.end_exchanges(job, first, last, backward))
         if backward:
             total += Seconds(memory=job.parameters(rank) * self._accumulate_bytes / self._memory)
-        return total + Seconds(pipeline=self._transfer(tokens * width) * layout.virtual_stages)
+        return total + Seconds(pipeline=self._transfer_seconds() * layout.virtual_stages)
 
     @property
     def _accumulate_bytes(self) -> int:
@@ -159,8 +148,9 @@ class Cost:
     def _matmul_speed(self) -> float:
         return self.hardware.peak_teraflops * 1e12 * self.hardware.efficiency
 
-    def _layer_seconds(self, backward: bool) -> Seconds:
+    def _layer_seconds(self, direction: communication.Pass) -> Seconds:
         job, block, tensor = self.job, self.job.shape.block, self.job.layout.tensor
+        backward = direction == "backward"
         selective = backward and job.recompute == "selective"
         tokens = job.micro_tokens
         flops = 2 * tokens * block.matrix_parameters * (2 if backward else 1)
@@ -173,17 +163,19 @@ class Cost:
                 item.forward if selective and item.selective else 0
             )
             traffic += moved / (tensor if item.split or job.sequence_parallel else 1)
-        exchanged = 2 * self._all_reduce(tokens * job.shape.element_bytes * job.shape.hidden, tensor, 1)
-        if backward and job.sequence_parallel:
-            exchanged *= 1.5  # the sequence is gathered again for the weights' gradients
         speed = self.hardware.peak_teraflops * 1e12 * self.hardware.attention_efficiency
-        return Seconds(
+        computed = Seconds(
             matmul=flops / tensor / self._matmul_speed,
             attention=attention / tensor / speed,
             memory=tokens * traffic / self._memory,
             overhead=self.hardware.block_overhead_seconds * (2 if backward else 1) / 3,
-            tensor=exchanged * (1 - self.overlap),
         )
+        return computed + self._tensor_seconds(communication.layer_exchanges(job, direction))
+
+    def _tensor_seconds(self, exchanges: list[Exchange]) -> Seconds:
+        """What nothing hides of exchanges among tensor ranks, which are neighbours."""
+        bus = self._bus(self.job.layout.tensor, 1)
+        return Seconds(tensor=communication.sent_bytes(exchanges) / bus * (1 - self.overlap))
 
     def _bus(self, size: int, stride: int) -> float:
         """Bytes per second of a ring over `size` ranks, `stride` devices apart: links, or the cards it can use."""
@@ -193,62 +185,33 @@ class Cost:
         inside = max(1, hardware.devices_per_node // stride)
         return min(hardware.link_gb_per_second, inside * hardware.network_gb_per_second) * 1e9
 
-    def _all_reduce(self, size_bytes: float, ranks: int, stride: int) -> float:
-        """Seconds of a ring all-reduce: 2 (n - 1) / n of the bytes leave each rank."""
-        return 2 * (ranks - 1) / ranks * size_bytes / self._bus(ranks, stride) if ranks > 1 else 0.0
-
-    def _transfer(self, size_bytes: float) -> float:
-        """Seconds of one hidden state to the neighbour stage: pipeline ranks are the farthest apart of all."""
+    def _transfer_seconds(self) -> float:
+        """Of one hidden state to the neighbour stage: pipeline ranks are the farthest apart of all."""
         layout, hardware = self.job.layout, self.hardware
         if layout.pipeline == 1:
             return 0.0
         near = layout.world_size <= hardware.devices_per_node
         speed = hardware.link_gb_per_second if near else hardware.network_gb_per_second
-        split = layout.tensor if self.job.sequence_parallel or self.job.shape.megatron else 1
-        return size_bytes / split / (speed * 1e9)
+        return communication.boundary_bytes(self.job) / (speed * 1e9)
 
     @cached_property
     def _data_seconds(self) -> float:
         """What data ranks exchange and nothing hides."""
         job, layout = self.job, self.job.layout
-        if layout.data == 1:
+        if layout.zero_size == 1:
             return 0.0
         rank = max(range(layout.pipeline), key=job.parameters)
-        size = job.parameters(rank) * job.shape.element_bytes
-        once = (layout.data - 1) / layout.data * size / self._bus(layout.data, layout.tensor)
+        bus = self._bus(layout.zero_size, layout.tensor)
+        reduction = communication.reduction(job, rank).sent_bytes / bus
+        gather = communication.gather(job, rank).sent_bytes / bus
         forward, backward = (part.total for part in self._work[rank])
-        reduction = once if job.zero == 3 or job.shape.megatron else 2 * once
         batches = layout.num_micro_batches
-        seconds = self._exposed(reduction, backward) * (1 if job.reduce == "step" else batches)
+        times = 1 if job.reduce == "step" else batches
+        seconds = times * self._exposed(reduction / times, backward)
         if job.zero == 3 and job.gather == "microbatch":
-            return seconds + batches * (self._exposed(once, forward) + self._exposed(once, backward))
-        return seconds + self._exposed(once, forward)
+            each = gather / (2 * batches)
+            return seconds + batches * (self._exposed(each, forward) + self._exposed(each, backward))
+        return seconds + self._exposed(gather, forward)
 
     def _exposed(self, exchange: float, computation: float) -> float:
         return max(0.0, exchange - computation) if self.overlap else exchange
-
-    def exchanges(self) -> list[Exchange]:
-        """What one device of the slowest pipeline rank sends in a step, by kind; formulas of docs/plan.md."""
-        job, layout, rank = self.job, self.job.layout, self.slowest
-        shape, batches = job.shape, layout.num_micro_batches
-        hidden_bytes = job.micro_tokens * shape.hidden * shape.element_bytes
-        found = []
-        if layout.tensor > 1:
-            ends = (rank == 0) + (rank == layout.pipeline - 1)
-            calls = batches * (sum(job.chunk_layers(rank)) * (6 if job.recompute == "full" else 4) + ends)
-            each = 2 * (layout.tensor - 1) / layout.tensor * hidden_bytes
-            found.append(Exchange("tensor: all-reduce of hidden states", calls, calls * each))
-        if layout.pipeline > 1:
-            stages = range(rank, len(layout.stages), layout.pipeline)
-            calls = batches * sum((stage < len(layout.stages) - 1) + (stage > 0) for stage in stages)
-            found.append(Exchange("pipeline: hidden states and their gradients", calls, calls * hidden_bytes))
-        if layout.data > 1:
-            size = job.parameters(rank) * shape.element_bytes
-            share = (layout.data - 1) / layout.data * size
-            buckets = -(-job.parameters(rank) // job.bucket_elements)
-            times = 1 if job.reduce == "step" else batches
-            name, volume = ("reduce-scatter", 1) if job.zero == 3 else ("all-reduce", 2)
-            found.append(Exchange(f"data: {name} of gradients", times * buckets, times * volume * share))
-            gathers = 2 * batches if job.zero == 3 and job.gather == "microbatch" else 1
-            found.append(Exchange("data: all-gather of parameters", gathers, gathers * share))
-        return found

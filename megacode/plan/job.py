@@ -26,6 +26,8 @@ class Job:
     offload: Offload = "none"
     bucket_elements: int = 50_000_000
     """DeepSpeed's reduce_bucket_size."""
+    reduced_bytes: int | None = None
+    """Bytes of a gradient's element on the wire, by DeepSpeed's communication_data_type; left out, the shape's."""
     overlap_comm: bool = False
     """DeepSpeed's overlap_comm: a second bucket (ZeRO-1, 2)."""
     contiguous_gradients: bool = True
@@ -41,6 +43,11 @@ class Job:
         return self.micro_samples * self.shape.sequence
 
     @property
+    def local_tokens(self) -> int:
+        """Tokens of one micro-batch on one context rank."""
+        return self.micro_tokens // self.layout.context
+
+    @property
     def tokens(self) -> int:
         """Tokens of one step, over all data ranks."""
         return self.micro_tokens * self.layout.num_micro_batches * self.layout.data
@@ -54,12 +61,19 @@ class Job:
         """Number of layers of each chunk of a pipeline rank."""
         return [len(stage) for stage in self.layout.stages[rank :: self.layout.pipeline]]
 
-    def parameters(self, rank: int) -> int:
-        """Parameters of one device of a pipeline rank, padding rows included."""
+    def chunk_parameters(self, rank: int) -> list[int]:
+        """Parameters of each chunk on one device of a pipeline rank, padding rows included."""
         block, tensor = self.shape.block, self.layout.tensor
         per_layer = block.matrix_parameters // tensor + block.replicated_parameters
-        ends = (rank == 0) + (rank == self.layout.pipeline - 1)
-        if self.shape.tied and self.layout.pipeline == 1:
-            ends = 1
-        last_norm = self.shape.hidden if rank == self.layout.pipeline - 1 else 0
-        return sum(self.chunk_layers(rank)) * per_layer + ends * self.vocabulary_rows * self.shape.hidden + last_norm
+        sizes = [layers * per_layer for layers in self.chunk_layers(rank)]
+        first, last = rank == 0, rank == self.layout.pipeline - 1
+        end = self.vocabulary_rows * self.shape.hidden
+        if first:
+            sizes[0] += end
+        if last:
+            sizes[-1] += self.shape.hidden + (0 if first and self.shape.tied else end)
+        return sizes
+
+    def parameters(self, rank: int) -> int:
+        """Parameters of one device of a pipeline rank, padding rows included."""
+        return sum(self.chunk_parameters(rank))

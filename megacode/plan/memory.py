@@ -57,16 +57,16 @@ def stage_memory(
     recipe: Recipe,
     layout: Layout,
     *,
-    recompute: Recompute = "none",
-    sequence_parallel: bool = False,
+    recompute: Recompute | None = None,
+    sequence_parallel: bool | None = None,
 ) -> list[StageMemory]:
     """Memory of a recipe's step in a layout, one entry a pipeline rank.
 
     Args:
         recipe: with model.vocabulary filled in.
         layout: what `layout.fit` gives for it.
-        recompute: nothing today; the others say what recomputation would save.
-        sequence_parallel: not in the trainer yet; says what it would save.
+        recompute: another than the recipe's.
+        sequence_parallel: another than the recipe's.
     """
     return memory(recipe_job(recipe, layout, recompute, sequence_parallel))
 
@@ -74,11 +74,12 @@ def stage_memory(
 def recipe_job(
     recipe: Recipe,
     layout: Layout,
-    recompute: Recompute = "none",
-    sequence_parallel: bool = False,
+    recompute: Recompute | None = None,
+    sequence_parallel: bool | None = None,
 ) -> Job:
     """A recipe's step as the formulas see it, with what its DeepSpeed configuration decides. Arguments as above."""
-    parallel, zero = recipe.parallel, deepspeed_config(recipe)["zero_optimization"]
+    parallel, config = recipe.parallel, deepspeed_config(recipe)
+    zero = config["zero_optimization"]
     assert recipe.model.vocabulary is not None
     away = {key: (zero.get(f"offload_{key}") or {}).get("device", "none") != "none" for key in ("param", "optimizer")}
     offload: Offload = "all" if away["param"] else "optimizer" if away["optimizer"] else "none"
@@ -89,10 +90,11 @@ def recipe_job(
         zero=parallel.zero,
         gather=parallel.gather_policy,
         reduce=parallel.reduce_policy,
-        recompute=recompute,
-        sequence_parallel=sequence_parallel,
+        recompute=parallel.recompute if recompute is None else recompute,
+        sequence_parallel=parallel.sequence if sequence_parallel is None else sequence_parallel,
         offload=offload,
         bucket_elements=int(zero["reduce_bucket_size"]),
+        reduced_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(config.get("communication_data_type") or ""),
         overlap_comm=bool(zero.get("overlap_comm", parallel.zero == 3)),
         max_live_elements=int(zero.get("stage3_max_live_parameters", 0)),
         padded_rows=vocabulary_rows(recipe.model.vocabulary, layout.tensor),
@@ -126,7 +128,7 @@ def activation_bytes(job: Job, layers: int = 1) -> float:
     for saved in job.shape.block.saved:
         if job.recompute in saved.kept:
             token_bytes += saved.token_bytes / (tensor if saved.split or job.sequence_parallel else 1)
-    return layers * job.micro_tokens * token_bytes
+    return layers * job.local_tokens * token_bytes
 
 
 @dataclass(frozen=True)
@@ -184,10 +186,10 @@ def _stage(job: Job, rank: int) -> StageMemory:
 
 def _static(job: Job, rank: int) -> StageMemory:
     """What lies there between two steps."""
-    w, share = job.shape.element_bytes, job.parameters(rank) / job.layout.data
+    w, share = job.shape.element_bytes, job.parameters(rank) / job.layout.zero_size
     parameters, gradients, buffers, masters, host = w * share, 0.0, 0.0, 12 * share, 0.0
     if job.zero < 3:
-        parameters *= job.layout.data
+        parameters *= job.layout.zero_size
     else:
         buffers = float(w * job.bucket_elements)
         gradients = share * (4 if job.reduce == "microbatch" else w)
@@ -202,7 +204,7 @@ def _static(job: Job, rank: int) -> StageMemory:
 def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMemory:
     """At one forward or backward: of a backward, the worse of its loss and of its first block."""
     layout, shape = job.layout, job.shape
-    w, count, tokens = shape.element_bytes, job.parameters(rank), job.micro_tokens
+    w, count, tokens = shape.element_bytes, job.parameters(rank), job.local_tokens
     hidden = w * shape.hidden * tokens
     last_chunk = rank == layout.pipeline - 1 and load.chunk == layout.virtual_stages - 1
     kept, sent = _kept(job, rank, load)
@@ -214,7 +216,7 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
     largest = w * max(shape.largest_matrix / layout.tensor, job.vocabulary_rows * shape.hidden if last_chunk else 0)
     gradients = static.gradients_bytes + _running_gradients(job, rank, load)
     gathered = 0.0
-    if job.zero == 3 and layout.data > 1:
+    if job.zero == 3 and layout.zero_size > 1:
         limit = job.max_live_elements + largest / w if job.gather == "microbatch" else count
         gathered = w * min(count, limit)
     common = replace(
@@ -247,7 +249,7 @@ def _kept(job: Job, rank: int, load: Load) -> tuple[float, float]:
     What comes back says so: before the first backward nothing does, afterwards two in each direction are on their way.
     """
     shape, layout = job.shape, job.layout
-    w, tokens, layers = shape.element_bytes, job.micro_tokens, job.chunk_layers(rank)
+    w, tokens, layers = shape.element_bytes, job.local_tokens, job.chunk_layers(rank)
     hidden = w * shape.hidden * tokens
     norm = tokens * shape.hidden * (12 if w == 4 else 8)
     kept = sent = 0.0
@@ -266,7 +268,7 @@ def _kept(job: Job, rank: int, load: Load) -> tuple[float, float]:
 
 def _running_gradients(job: Job, rank: int, load: Load) -> float:
     """Gradients of the micro-batches whose backwards are done, beyond what lies there between steps."""
-    count, data = job.parameters(rank), job.layout.data
+    count, data = job.parameters(rank), job.layout.zero_size
     started = sum(done > 0 for done in load.backwards) / len(load.backwards)
     if job.reduce == "step":
         return 4.0 * count * started
@@ -287,7 +289,7 @@ def _first_bucket(job: Job, rank: int, inside: StageMemory, last_chunk: bool) ->
     return replace(
         inside,
         activations_bytes=int(inside.activations_bytes - released),
-        gradients_bytes=int(inside.gradients_bytes + 4 * job.parameters(rank) / job.layout.data),
+        gradients_bytes=int(inside.gradients_bytes + 4 * job.parameters(rank) / job.layout.zero_size),
     )
 
 
@@ -296,7 +298,7 @@ def _reduction(job: Job, rank: int, static: StageMemory) -> StageMemory:
     w, count = job.shape.element_bytes, job.parameters(rank)
     if job.reduce != "step":
         return replace(static, moment="reduction")
-    gathered = w * count if job.zero == 3 and job.layout.data > 1 else 0
+    gathered = w * count if job.zero == 3 and job.layout.zero_size > 1 else 0
     gradients = count * (4 if w == 4 else 6)
     _, sent = _kept(job, rank, loads(*_key(job, rank))[-1])
     buckets = w * min(job.bucket_elements, count)
@@ -317,7 +319,7 @@ def _update(job: Job, rank: int, static: StageMemory) -> StageMemory:
     """The optimizer's step: the partition's gradients flattened in fp32. AdamW is fused and has no temporaries."""
     if job.offload != "none":
         return static
-    share = job.parameters(rank) / job.layout.data
+    share = job.parameters(rank) / job.layout.zero_size
     w = job.shape.element_bytes
     step = min(share, SUB_GROUP_ELEMENTS) if job.zero == 3 else share
     reduced = 0.0 if job.zero == 3 else share * (4 if job.reduce == "microbatch" else w)

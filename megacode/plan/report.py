@@ -9,6 +9,7 @@ import yaml
 
 from megacode import recipe as recipes
 from megacode.errors import UserError
+from megacode.plan.communication import Exchange, exchanges
 from megacode.plan.cost import Cost, Seconds
 from megacode.plan.hardware import Hardware
 from megacode.plan.job import Job, Offload
@@ -36,12 +37,24 @@ def layout_report(recipe: Recipe, job: Job, hardware: Hardware, limit_bytes: flo
         "stages": [stage_row(job, stage) for stage in stages],
         "policies": policy_rows(job, limit_bytes),
         "bubble": cost.bubble,
-        "exchanges": [asdict(exchange) for exchange in cost.exchanges()],
+        "exchanges": [
+            exchange_row(exchange) for exchange in exchanges(job, cost.slowest) if exchange.kind != "receive"
+        ],
         "step_seconds": cost.seconds.total,
         "parts_seconds": {field.name: getattr(cost.seconds, field.name) for field in fields(Seconds)},
         "tokens_per_second": cost.tokens_per_second,
         "tokens_per_second_per_device": per_device,
         "mfu": per_device * flops_per_token(recipe.model, job.shape.sequence) / (hardware.peak_teraflops * 1e12),
+    }
+
+
+def exchange_row(exchange: Exchange) -> dict[str, Any]:
+    """Calls and bytes of one kind of communication of a rank; where DeepSpeed decides, the most that there can be."""
+    return {
+        "name": f"{exchange.axis}: {exchange.kind} of {exchange.name}",
+        "calls": exchange.calls,
+        "most_calls": exchange.most_calls or exchange.calls,
+        "sent_bytes": exchange.sent_bytes,
     }
 
 
@@ -57,7 +70,7 @@ def stage_row(job: Job, stage: StageMemory) -> dict[str, Any]:
 
 def policy_rows(job: Job, limit_bytes: float) -> list[dict[str, Any]]:
     """GiB of the worst stage under each policy of gather, reduce, recomputation and offload, without and with sequence
-    parallelism. Recomputation and sequence parallelism are not in the trainer yet.
+    parallelism. --search does not propose recomputation, sequence or context parallelism yet.
     """
     gathers: tuple[Policy, ...] = ("step", "microbatch") if job.zero == 3 else ("step",)
     reduces: tuple[Policy, ...] = ("microbatch", "step") if job.zero > 1 else ("step",)

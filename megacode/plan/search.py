@@ -158,7 +158,7 @@ def _divisors(number: int, largest: int) -> list[int]:
 
 
 @lru_cache
-def _sibling(own: str | None, name: str) -> str | None:
+def sibling(own: str | None, name: str) -> str | None:
     """A DeepSpeed file beside the recipe's own (in ds_configs/ where it has none), if there is one."""
     file = (Path(own).parent if own else Path("ds_configs")) / name
     return str(file) if file.is_file() else None
@@ -168,11 +168,11 @@ def _deepspeed(recipe: Recipe, zero: int, offload: bool) -> dict[str, Any] | Non
     """The change of deepspeed_config that goes with a ZeRO stage; None: there is no file for it."""
     own = recipe.deepspeed_config
     if offload:
-        file = _sibling(own, "zero3_offload.json") if zero == 3 else None
+        file = sibling(own, "zero3_offload.json") if zero == 3 else None
         return {"deepspeed_config": file} if file is not None and file != own else None
     if own is None or zero == recipe.parallel.zero:
         return {}
-    file = _sibling(own, f"zero{zero}.json")
+    file = sibling(own, f"zero{zero}.json")
     return {"deepspeed_config": file} if file is not None else None
 
 

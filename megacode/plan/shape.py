@@ -45,6 +45,10 @@ class Block:
     """Elements of its matrices, which tensor ranks share; each is one multiply-add a token."""
     replicated_parameters: int
     """Elements that each tensor rank holds whole: norms, biases after a row-parallel matrix."""
+    num_tensors: int
+    """Matrices, norms and biases."""
+    kv_width: int
+    """kv_heads x head_dim."""
     saved: tuple[Saved, ...]
     traffic: tuple[Traffic, ...]
     attention_flops: float
@@ -124,6 +128,8 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
     block = Block(
         matrix_parameters=2 * h * h + 2 * h * k + 3 * h * f,
         replicated_parameters=2 * h,
+        num_tensors=9,
+        kv_width=k,
         saved=saved,
         traffic=traffic,
         attention_flops=2 * sequence * h,
@@ -162,6 +168,8 @@ def gpt(layers: int, hidden: int, heads: int, vocabulary: int, sequence: int, *,
     block = Block(
         matrix_parameters=12 * h * h + 7 * h,  # with the biases of column-parallel matrices
         replicated_parameters=6 * h,
+        num_tensors=12,
+        kv_width=h,
         saved=saved,
         traffic=traffic,
         attention_flops=(2 if flash else 4) * sequence * h,

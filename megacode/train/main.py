@@ -283,14 +283,7 @@ def _load(options: argparse.Namespace) -> tuple[Tokenizer, Recipe]:
     config = recipe.load(options.recipe, options.overrides)
     if options.deepspeed_config:
         config = config.model_copy(update={"deepspeed_config": options.deepspeed_config})
-    tokenizer = Tokenizer(config.tokenizer.path)
-    if config.model.vocabulary not in (None, tokenizer.vocabulary):
-        raise UserError(
-            f"model.vocabulary is {config.model.vocabulary} and the tokenizer {config.tokenizer.path} has "
-            f"{tokenizer.vocabulary} rows; set model.vocabulary=null to take the tokenizer's, or name the other one"
-        )
-    model = config.model.model_copy(update={"vocabulary": tokenizer.vocabulary})
-    return tokenizer, config.model_copy(update={"model": model})
+    return start.open_tokenizer(config)
 
 
 def _make_run_folder(run: Path, place: Place) -> None:

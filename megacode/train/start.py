@@ -20,6 +20,22 @@ from megacode.plan.model import num_parameters
 from megacode.recipe import Recipe
 
 
+def open_tokenizer(recipe: Recipe) -> tuple[Tokenizer, Recipe]:
+    """The recipe's tokenizer, and the recipe with its vocabulary.
+
+    Raises:
+        UserError: the tokenizer is missing or damaged, or the recipe names another vocabulary.
+    """
+    tokenizer = Tokenizer(recipe.tokenizer.path)
+    if recipe.model.vocabulary not in (None, tokenizer.vocabulary):
+        raise UserError(
+            f"model.vocabulary is {recipe.model.vocabulary} and the tokenizer {recipe.tokenizer.path} has "
+            f"{tokenizer.vocabulary} rows; set model.vocabulary=null to take the tokenizer's, or name the other one"
+        )
+    model = recipe.model.model_copy(update={"vocabulary": tokenizer.vocabulary})
+    return tokenizer, recipe.model_copy(update={"model": model})
+
+
 def open_streams(recipe: Recipe, tokenizer: Tokenizer) -> tuple[TrainStream, ValidationStream | None]:
     """The recipe's training and validation streams.
 
@@ -46,17 +62,7 @@ def check_run_folder(recipe: Recipe, num_tokens: int) -> None:
     checkpoint = newest or recipe.checkpoint.start_from
     if checkpoint is None:
         return
-    reader = CheckpointReader(Path(checkpoint))
-    for key in type(reader.model).model_fields:
-        here, there = getattr(recipe.model, key), getattr(reader.model, key)
-        if here != there and key not in ("preset", "init_std", "max_positions"):
-            raise UserError(
-                f"model.{key} is {here} and {checkpoint} has {there}; change it, or name another `run` folder"
-            )
-    if Path(recipe.tokenizer.path).read_bytes() != reader.tokenizer_path.read_bytes():
-        raise UserError(
-            f"tokenizer.path differs from the tokenizer of {checkpoint}; name that one, or another `run` folder"
-        )
+    reader = open_weights(recipe, Path(checkpoint))
     if newest is None:
         return
     progress = reader.progress
@@ -70,6 +76,26 @@ def check_run_folder(recipe: Recipe, num_tokens: int) -> None:
                 f"{key} is {here} and {newest} has {there}, by which it counts its samples; change it back, or name "
                 f"another `run` folder (checkpoint.start_from takes the weights along)"
             )
+
+
+def open_weights(recipe: Recipe, checkpoint: Path) -> CheckpointReader:
+    """A checkpoint of the recipe's model and tokenizer.
+
+    Raises:
+        UserError: it is none, or one of another model or tokenizer; names the key that differs.
+    """
+    reader = CheckpointReader(checkpoint)
+    for key in type(reader.model).model_fields:
+        here, there = getattr(recipe.model, key), getattr(reader.model, key)
+        if here != there and key not in ("preset", "init_std", "max_positions"):
+            raise UserError(
+                f"model.{key} is {here} and {checkpoint} has {there}; change it, or name another `run` folder"
+            )
+    if Path(recipe.tokenizer.path).read_bytes() != reader.tokenizer_path.read_bytes():
+        raise UserError(
+            f"tokenizer.path differs from the tokenizer of {checkpoint}; name that one, or another `run` folder"
+        )
+    return reader
 
 
 def check_disk(recipe: Recipe) -> None:

@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.training import recipe
 
+from megacode.parallel.traffic import Call
+from megacode.plan.communication import Exchange
+from megacode.tools.bench.communication import compare
 from megacode.tools.bench.contest import contest_recipe, step_batches
 from megacode.tools.bench.processes import Memory, Turn
 from megacode.tools.bench.train_cpu import Contestant, Row, Run, _check_losses, contestants, table
@@ -62,3 +66,25 @@ def test_the_ratio_is_to_the_fastest_peer():
     lines = table(rows).splitlines()
     assert [line.split(" | ")[4] for line in lines[2:]] == ["1.20", "0.80", "1.00", "1.00"]
     assert "3 (1)" in lines[2]
+
+
+def test_counted_communication_is_printed_beside_the_formulas(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    recipe().save(path)
+    command = [sys.executable, "-m", "megacode.tools.bench.communication", str(path), "parallel.zero=3"]
+    done = subprocess.run([*command, "--processes", "2", "--json"], capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads(done.stdout)
+    assert answer["parallel"] == {"zero": 3}
+    assert len(answer["ranks"]) == len(answer["small"]) == answer["processes"] == 2
+    assert {row["kind"] for row in answer["ranks"][1]} == {"all-gather", "reduce-scatter"}
+
+
+def test_calls_that_no_formula_knows_are_wrong():
+    planned = [Exchange("", "data", "all-gather", 2, 1, 100.0, most_calls=3, least_bytes=50.0)]
+    call = Call("data", "all-gather", 25, 50)
+    assert [row.right for row in compare([call, call], planned)] == [True]
+    assert [row.right for row in compare([call] * 3, planned)] == [False]
+    assert [row.right for row in compare([call, Call("tensor", "all-reduce", 8, 16)], planned)] == [True, False]
+    assert [row.right for row in compare([], planned)] == [False]
+    assert [row.right for row in compare([call, Call("world", "all-reduce", 8, 16)], planned)] == [True]

@@ -1,5 +1,6 @@
 """The doctor's checks on several processes: right here, and wrong where something is."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from support import doctor as cases
+from support import training
 from support.doctor import without
-from support.training import reference
 
 from megacode.doctor import layouts, links
-from megacode.doctor.probe import Outcome, compare, one_process
+from megacode.doctor.outcome import Outcome, compare
+from megacode.doctor.probe import one_process, reference, train
 from megacode.doctor.processes import Processes, RanksError
 from megacode.doctor.run import check_in_processes
 
@@ -61,54 +63,55 @@ def test_layouts_that_train_wrongly_are_found(worlds, cure):
 def test_wrong_clipping_is_found(worlds):
     """A norm that leaves out stages clips too little: the update is wrong as well, and not the norm alone."""
     config = layouts.recipe(4, 2, 2, optimizer=layouts.CLIPPED)
-    expected = one_process(config, layouts.STEPS)
-    actual = worlds(4).run(without, "mark_norm_owner", layouts.train, config, layouts.STEPS)[0]
-    assert layouts.judge("clipping", actual, expected, "").state == "WRONG"
-    assert compare(actual, expected).weight > 100 * layouts.TOLERANCE
-    actual.norms = expected.norms
-    assert layouts.judge("clipping", actual, expected, "").state == "WRONG"
-    unclipped = one_process(layouts.recipe(4, 2, 2, optimizer={**layouts.CLIPPED, "clip": 0.0}), layouts.STEPS)
-    assert compare(unclipped, expected).weight > 100 * layouts.TOLERANCE
+    expected = reference(config, layouts.STEPS)
+    ranks = worlds(4).run(without, "mark_norm_owner", train, config, layouts.STEPS)
+    assert layouts.judge("clipping", ranks, expected, "").state == "WRONG"
+    assert compare(ranks, expected).weight > 100 * layouts.TOLERANCE
+    ranks[0].norms = expected.norms
+    assert layouts.judge("clipping", ranks, expected, "").state == "WRONG"
+    unclipped = reference(layouts.recipe(4, 2, 2, optimizer={**layouts.CLIPPED, "clip": 0.0}), layouts.STEPS)
+    assert compare([unclipped], expected).weight > 100 * layouts.TOLERANCE
 
 
 def test_masters_in_bf16_are_found():
     config = layouts.recipe(4, 2, 2, precision="bf16", optimizer=layouts.SMALL_STEPS)
-    expected = one_process(config, 1)
-    assert layouts.judge_masters(config, expected, expected).state == "ok"
-    start = {name: layouts.initial(config, name, weight) for name, weight in expected.weights.items()}
+    expected = reference(config, 1)
+    assert layouts.judge_masters(config, [expected], expected).state == "ok"
+    start = {name: layouts.initial(config, name, expected.parts[name]) for name in expected.weights}
     stuck = {name: (weight.bfloat16() != start[name].bfloat16()) for name, weight in expected.weights.items()}
     moved = {name: torch.where(stuck[name], weight, start[name]) for name, weight in expected.weights.items()}
-    assert layouts.judge_masters(config, Outcome(expected.losses, expected.norms, moved), expected).state == "WRONG"
-    far = Outcome([1.01 * expected.losses[0]], expected.norms, expected.weights)
-    assert layouts.judge_masters(config, far, expected).state == "WRONG"
+    in_bf16 = dataclasses.replace(expected, weights=moved)
+    assert layouts.judge_masters(config, [in_bf16], expected).state == "WRONG"
+    far = dataclasses.replace(expected, losses=[1.01 * expected.losses[0]])
+    assert layouts.judge_masters(config, [far], expected).state == "WRONG"
+
+
+class TestSamples:
+    """The samples of the other tests."""
+
+    __test__ = False
+
+    def __init__(self, config):
+        self.config = config
+
+    def micro_batch(self, numbers):
+        step, first = divmod(numbers[0], self.config.batch.global_samples)
+        drawn = training.samples(self.config, step)
+        return training.micro_batch(self.config, *(values[first : first + len(numbers)] for values in drawn))
 
 
 def test_the_reference_is_a_training():
     """Against the reference of the other tests, which shares neither optimizer groups nor samples' code with it."""
     config = layouts.recipe(4, 2, 2, optimizer={"learning_rate": 1e-2, "clip": 0.5}, data={"train": "unused"})
-    config = config.model_copy(update={"seed": 7})
-    with pytest.MonkeyPatch.context() as patch:
-        from support import training
-
-        samples = {step: training.samples(config, step) for step in range(3)}
-        patch.setattr("megacode.doctor.probe.Samples.__init__", lambda self, recipe, step: fill(self, recipe, samples[step]))
-        actual = one_process(config, 3)
-    expected = reference(config, 3, fused=True)  # as the doctor's
-    assert compare(actual, Outcome(expected.losses, expected.norms, expected.weights)).largest < 1e-6
-
-
-def fill(self, recipe, drawn):
-    self.recipe, (self.tokens, self.labels) = recipe, drawn
-    self.num_valid = int((self.labels != -100).sum())
-
-
-def test_differences():
-    some = Outcome([2.0, 1.0], [1.0, 1.0], {"a": torch.zeros(3)})
-    assert compare(some, some).largest == 0
-    assert compare(Outcome([2.0, 1.1], [1.0, 1.0], some.weights), some).loss == pytest.approx(0.1)
-    assert compare(Outcome([2.0, 1.0], [1.0, float("nan")], some.weights), some).norm == float("inf")
-    assert compare(Outcome(some.losses, some.norms, {"a": torch.tensor([0, 0, float("nan")])}), some).weight == float("inf")
-    assert compare(Outcome(some.losses, some.norms, some.weights, drift=0.5), some).weight == 0.5
+    config = config.model_copy(update={"seed": training.SEED})
+    actual = one_process(config, TestSamples(config), 3)
+    expected = training.reference(config, 3, fused=True)  # as the doctor's
+    off = compare([actual], Outcome(expected.losses, expected.norms, expected.gradients, expected.weights))
+    assert max(off.loss, off.worst[1]) < 1e-6
+    assert max(off.norm, off.weight) < 1e-5  # that one's norm is fp32's
+    start = training.initialise(training.Llama(config.model), training.SEED).state_dict()
+    ways = [expected.weights[name] - weight for name, weight in start.items()]
+    assert actual.moved == pytest.approx(float(torch.cat([way.flatten() for way in ways]).norm()), rel=1e-3)
 
 
 # ---- links

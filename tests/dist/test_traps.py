@@ -6,7 +6,7 @@ A cure that a new DeepSpeed makes needless, or that no longer works, fails here.
 import json
 
 import pytest
-from support.training import deviation, fetches, parallel, recipe, reduced_elements, reference
+from support.training import deviation, fetches, parallel, recipe, reference
 from support.world import CaseError
 
 from megacode.engine.config import deepspeed_config
@@ -63,25 +63,11 @@ def test_gradients_are_not_divided_by_accumulation_steps(worlds):
     assert run(worlds(4), ["accumulation of 1"], **layout)[0]["gradient"] > WRONG
 
 
-@pytest.mark.parametrize("reduce", ["step", "microbatch"])
-@pytest.mark.parametrize(("pipeline", "virtual"), [(2, 1), (4, 1), (2, 2)])
-def test_one_gather_a_parameter_and_step(worlds, reduce, pipeline, virtual):
-    """One trace of the whole step, and leftovers released once a step."""
-    layout = {"pipeline": pipeline, "virtual_stages": virtual, "zero": 3, "reduce": reduce, "steps": 4}
-    assert run(worlds(4), **layout)[1][1:] == [1, 1, 1]
-
-
 @pytest.mark.parametrize("cure", ["own_the_trace", "keep_leftovers"])
 def test_more_gathers_without(worlds, cure):
     deviations, gathers = run(worlds(4), [cure], pipeline=2, zero=3, steps=4)
     assert min(gathers[1:]) > 2
     assert deviations["gradient"] < RIGHT
-
-
-def test_gathers_of_a_micro_batch(worlds):
-    """gather: microbatch takes at most two gathers a micro-batch."""
-    _, gathers = run(worlds(4), pipeline=2, zero=3, gather="microbatch", steps=4)
-    assert 1 < max(gathers[1:]) <= 2 * 4
 
 
 def test_a_block_is_fetched_at_once(worlds):
@@ -91,16 +77,6 @@ def test_a_block_is_fetched_at_once(worlds):
     # Forward and backward of 4 micro-batches fetch: the chunks, the model, the backbone, embedding, 4 blocks, norm, head.
     assert whole == 2 * 4 * (6 + 4)
     assert parts == 2 * 4 * (6 + 4 * 7)  # column-parallel maps are not called as modules
-
-
-@pytest.mark.parametrize("zero", [2, 3])
-def test_one_reduction_a_step(worlds, zero):
-    """With reduce: step each gradient moves once, with reduce: microbatch once a micro-batch."""
-    once, each = (
-        max(worlds(4).run(reduced_elements, recipe(parallel={"pipeline": 2, "zero": zero, "reduce": policy})))
-        for policy in ("step", "microbatch")
-    )
-    assert each == pytest.approx(4 * once, rel=0.01)
 
 
 def test_zero_init_shards_over_the_data_group(worlds):
@@ -123,16 +99,6 @@ def test_context_ranks_are_data_ranks_to_deepspeed(worlds, zero):
     layout = {"pipeline": 2, "zero": zero, "context": 2}
     assert run(worlds(4), **layout)[0]["gradient"] < RIGHT
     assert run(worlds(4), ["context in the data group"], **layout)[0]["gradient"] > WRONG
-
-
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_bf16_accumulates_in_fp32(worlds, zero):
-    """Sums over 32 micro-batches in bf16 lose what fp32 sums keep."""
-    layout = {"pipeline": 2, "zero": zero, "reduce": "step", "precision": "bf16", "samples": 64, "steps": 1}
-    cured, _ = run(worlds(4), **layout)
-    without, _ = run(worlds(4), ["Fp32Gradients"], **layout)
-    # The gradients' own bf16 noise is in both; the probe of this effect saw 6.4e-3 against 4.6e-3.
-    assert without["all gradients"] > 1.1 * cured["all gradients"]
 
 
 def test_offload_needs_no_compiler(worlds, tmp_path):

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from megacode.doctor import outcome as doctor
 from megacode.model.layers import IGNORE, Slice, initial_values, part_of
 from megacode.model.llama import Llama, initialise
 from megacode.parallel.pipeline import MicroBatch
@@ -43,13 +44,9 @@ def recipe(**sections: Any) -> Recipe:
 
 
 @dataclass
-class Outcome:
-    """What a training leaves: per step loss and norm; of the first step the gradients; at the end the weights."""
+class Outcome(doctor.Outcome):
+    """What a training leaves, and what only tests look at."""
 
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
     validation: float | None = None
     """Summed negative log-likelihood of a step's samples that no step has, under the last weights."""
     padding: float = 0.0
@@ -231,31 +228,6 @@ def parallel(
     return [outcome if mesh.zero_rank == 0 else Outcome(outcome.losses, outcome.norms, gathers=outcome.gathers), parts]
 
 
-def reduced_elements(config: Recipe) -> int:
-    """Elements that this rank gives to reductions over its data group in one step."""
-    from deepspeed.runtime.zero import stage3, stage_1_and_2
-
-    total = [0]
-    bucket = stage3.reduce_scatter_coalesced
-    averaged = stage_1_and_2.DeepSpeedZeroOptimizer.average_tensor
-
-    def scatter(tensors: list[torch.Tensor], group: Any) -> Any:
-        total[0] += sum(tensor.numel() for tensor in tensors)
-        return bucket(tensors, group)
-
-    def average(self: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        total[0] += tensor.numel()
-        return averaged(self, tensor, *args, **kwargs)
-
-    with (
-        mock.patch.object(stage3, "reduce_scatter_coalesced", scatter),
-        mock.patch.object(stage_1_and_2.DeepSpeedZeroOptimizer, "average_tensor", average),
-    ):
-        outcome, _ = parallel(config, 1)
-    assert len(outcome.losses) == 1
-    return total[0]
-
-
 def fetches(config: Recipe, without: tuple[str, ...]) -> int:
     """How often ZeRO-3's hooks ask for the parameters of a module, on this rank in one step."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
@@ -300,6 +272,15 @@ def _divided_by_accumulation() -> tuple[str, Any]:
     return "megacode.engine.zero.deepspeed_config", config
 
 
+def _bf16_partitions() -> tuple[str, Any]:
+    from megacode.engine.config import deepspeed_config
+
+    def config(recipe: Recipe) -> dict[str, Any]:
+        return {key: value for key, value in deepspeed_config(recipe).items() if key != "data_types"}
+
+    return "megacode.engine.zero.deepspeed_config", config
+
+
 def _forced_cpu_adam() -> tuple[str, Any]:
     from megacode.engine.config import deepspeed_config
 
@@ -334,33 +315,27 @@ WITHOUT: dict[str, Any] = {
     "clear_partitions": lambda: ("megacode.engine.private.clear_partitions", _nothing),
     "keep_leftovers": lambda: ("megacode.engine.private.keep_leftovers", lambda zero: _nothing),
     "context in the data group": _data_group_without_context,
+    "fp32 partitions": _bf16_partitions,
     "Fp32Gradients": lambda: ("megacode.engine.private.Fp32Gradients", lambda parameters: None),
 }
 """Each cure of running a pipeline over ZeRO engines, as what to patch to leave it out."""
 
 
 def deviation(expected: Outcome, ranks: list[tuple[Outcome, dict[str, Slice]]]) -> dict[str, float]:
-    """Largest relative differences of loss and norm, of gradients (to the tensor's norm), and absolute of weights.
-
-    "all gradients" is the relative error of the gradient as one vector (tensor-replicated parameters count per rank).
+    """Largest relative differences of loss, validation and norm, of gradients (to the tensor's norm), and absolute of
+    weights; "all gradients" is that of the gradient but the embedding's as one vector.
     """
-    worst = {"loss": 0.0, "validation": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0}
-    total = 0.0
-    for outcome, parts in ranks:
+    validation = 0.0
+    for outcome, _ in ranks:
         if outcome.validation is not None:
             assert expected.validation is not None
-            error = abs(outcome.validation - expected.validation) / expected.validation
-            worst["validation"] = max(worst["validation"], error)
-        for key, have, want in (("loss", outcome.losses, expected.losses), ("norm", outcome.norms, expected.norms)):
-            assert len(have) == len(want)
-            worst[key] = max(worst[key], *(abs(h - w) / abs(w) for h, w in zip(have, want, strict=True)))
-        for name, have in outcome.gradients.items():
-            want = parts[name].take(expected.gradients[name])
-            error = float((have - want).square().sum())
-            worst["gradient"] = max(worst["gradient"], error**0.5 / float(expected.gradients[name].norm()))
-            total += error
-        for name, have in outcome.weights.items():
-            want = parts[name].take(expected.weights[name])
-            worst["weight"] = max(worst["weight"], float((have - want).abs().max()))
-    whole = sum(float(gradient.square().sum()) for gradient in expected.gradients.values())
-    return {**worst, "all gradients": (total / whole) ** 0.5}
+            validation = max(validation, abs(outcome.validation - expected.validation) / expected.validation)
+    off = doctor.compare([dataclasses.replace(outcome, parts=parts) for outcome, parts in ranks], expected)
+    return {
+        "loss": off.loss,
+        "validation": validation,
+        "norm": off.norm,
+        "gradient": off.worst[1],
+        "weight": off.weight,
+        "all gradients": off.gradient,
+    }

@@ -1,4 +1,4 @@
-"""`megacode verify`: does a recipe train as it should? So far: does a resumed run go on as if it had not stopped."""
+"""Does a stopped and resumed run go on as if it had not stopped?"""
 
 import json
 import os
@@ -8,42 +8,29 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from megacode.errors import UserError
-from megacode.recipe import Recipe, load
+from megacode.plan.cases import shrunk
+from megacode.plan.words import LayoutWords
+from megacode.recipe import Recipe
 
 FIGURES = ("loss", "grad_norm", "learning_rate", "tokens")
 
 
-def verify(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="key.path=value", help="As for training.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="A stopped run against a straight one.")] = False,
-    processes: Annotated[int | None, typer.Option(help="Of this machine; left out, tensor x pipeline.", min=1)] = None,
-    steps: Annotated[int, typer.Option(help="Steps before the stop.", min=1)] = 4,
-    more: Annotated[int, typer.Option(help="Steps after it.", min=1)] = 4,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison to this file.")] = None,
-) -> None:  # fmt: skip
-    """Check on this machine that a recipe trains as it should; exit code 1 where it does not.
-
-    With --resume: train STEPS + MORE steps straight, and STEPS, stop, start again, MORE; loss, gradient norm and every
-    file of weights and moments of the last checkpoint must be equal bit for bit. The learning rate's schedule is
-    shortened to these steps. Both runs stand beside the recipe's run folder and are removed when they agree.
-
-    Example: megacode verify --resume launchers/recipes/demo.yaml --processes 8
-    """
-    if not resume:
-        raise UserError("say what to verify: --resume")
-    config = load(recipe, list(overrides or []))
-    count = processes or config.parallel.tensor * config.parallel.pipeline
+def verify_resume(
+    recipe: Path, overrides: list[str], config: Recipe, scale: float, processes: int | None, steps: int, more: int
+) -> dict[str, Any]:
+    """Train straight, and with a stop; what differs, and how many files of the checkpoint there are."""
+    parallel = config.parallel
+    count = processes or parallel.tensor * parallel.pipeline * parallel.context
     parent = Path(config.run).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{Path(config.run).name}.verify.", dir=parent))
     straight, stopped = folder / "straight", folder / "stopped"
-    command = _command(recipe, list(overrides or []), config, count, steps + more)
+    command = _command(recipe, [*overrides, *_smaller(config, scale)], config, count, steps + more)
     print(f"{steps + more} steps without a stop", flush=True)
     _train(command, straight, "finished")
     print(f"{steps} steps, and a stop", flush=True)
@@ -53,15 +40,24 @@ def verify(
     print(f"started again: {more} more steps", flush=True)
     _train(command, stopped, "finished")
     result = {"steps": steps, "more": more, "processes": count, **compare(straight, stopped)}
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for line in result["differences"]:
         print(f"differs: {line}")
     if result["differences"]:
         print(f"the resumed run is another run; both are in {folder}")
-        raise typer.Exit(1)
-    shutil.rmtree(folder)
-    print(f"equal bit for bit: {', '.join(FIGURES)} of {steps + more} steps, {result['files']} files of the checkpoint")
+    else:
+        shutil.rmtree(folder)
+        figures = f"{', '.join(FIGURES)} of {steps + more} steps"
+        print(f"equal bit for bit: {figures}, {result['files']} files of the checkpoint")
+    return result
+
+
+def _smaller(config: Recipe, scale: float) -> list[str]:
+    """The overrides that shrink the recipe's model; a checkpoint of the whole one does not fit it."""
+    if scale == 1:
+        return []
+    model = shrunk(config, scale, [LayoutWords(config.parallel)]).model
+    keys = ("layers", "hidden", "heads", "kv_heads", "ffn")
+    return [*(f"model.{key}={getattr(model, key)}" for key in keys), "checkpoint.start_from=null"]
 
 
 def _command(recipe: Path, overrides: list[str], config: Recipe, processes: int, steps: int) -> list[str]:
