@@ -46,6 +46,7 @@ class ZeroEngine:
         dtype = DTYPES[recipe.precision]
         parallel, config = recipe.parallel, deepspeed_config(recipe)
         private.mark_collectives(mesh)
+        doing("building the model")
         with _construction(parallel.zero, mesh, device, dtype, config):
             chunks = build_chunks(recipe, layout, mesh, device, dtype)
         self.parameters = dict(chunks.global_parameters())
@@ -55,6 +56,7 @@ class ZeroEngine:
         private.check_traces_within(mesh.data_group)
         private.gather_whole(chunks, Block)
         optimizer = adam(self.parameters.values(), recipe.optimizer)
+        doing("building the engine")
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=chunks, optimizer=optimizer, config=config, mpu=mesh.mpu
         )

@@ -109,7 +109,7 @@ class Run:
             with waiting("making of groups", "world"):
                 mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, layout.context, timeout_seconds)
             self._watch_peers(mesh)
-            doing("building the engine")
+            doing("starting DeepSpeed")
             start_deepspeed()
             self.trainer = trainer = self._trainer(mesh, *streams)
             self.requests.listen()

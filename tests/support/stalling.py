@@ -1,6 +1,5 @@
 """Ranks of a run that are forked from a process with the libraries imported, one of which stops at a definite place."""
 
-import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -42,7 +41,7 @@ def run_ranks(
         own: rank -> more overrides.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megacode.train.main", "support.stalling"])
+    context.set_forkserver_preload(["megacode.train.main", "torch._dynamo", "support.stalling"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -101,20 +100,10 @@ def at_call(owner: Any, name: str, number: int, action: Callable[[], None], when
 
     def trapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += when is None or when(*args, **kwargs)
+        calls += when is None or bool(when(*args, **kwargs))
         if calls == number:
             calls += 1
             action()
         return original(*args, **kwargs)
 
     setattr(owner, name, trapped)
-
-
-@contextlib.contextmanager
-def killed_at_end(process: Any):
-    """A process that does not outlive a test."""
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
