@@ -222,7 +222,9 @@ def mark_collectives(mesh: Mesh) -> None:
 
     def axis(arguments: Iterable[Any]) -> str:
         group = next((each for each in arguments if isinstance(each, ProcessGroup)), None)
-        return "world" if group is None or group.size() == world_size else axes.get(group, "")
+        if group is None:
+            return "world"
+        return axes.get(group, "world" if group.size() == world_size else "")
 
     def mark(name: str, kind: str) -> None:
         original = getattr(type(backend), name).__get__(backend)

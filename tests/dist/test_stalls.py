@@ -65,15 +65,8 @@ def in_the_data_loader():
 def in_a_collective_of_deepspeed():
     import torch.distributed as dist
 
-    from megacode.engine import private
-
-    original = private.DeviceSkip._decide_and_clip
-
-    def armed(self, *args):
-        original(self, *args)
-        at_call(dist, "all_gather_into_tensor", 1, stop_here)
-
-    private.DeviceSkip._decide_and_clip = armed
+    # The gradient norm, a scalar, is summed over the data ranks.
+    at_call(dist, "all_reduce", 1, stop_here, when=lambda tensor, *args, **kwargs: tensor.numel() == 1)
 
 
 def lines(run):
@@ -81,12 +74,12 @@ def lines(run):
 
 
 CASES = [
-    (in_a_tensor_collective, 1, "is stopped in all-reduce of tensor ranks 0-1 in forward of chunk 0", "ranks 0, 2-3"),
+    (in_a_tensor_collective, 1, "is stopped in all-reduce of tensor ranks 0-1 in backward of chunk 0", "ranks 0, 2-3"),
     (in_a_transfer, 2, "is stopped in receive from rank 0 in forward of chunk 0, micro-batch 1 of step 2", "ranks 0-1, 3"),
-    (before_the_process_group, 3, "is stopped in starting the process group", "ranks 0-2"),
+    (before_the_process_group, 3, "is stopped in rendezvous of world ranks 0-3 in starting the process group", "ranks 0-2"),
     (in_the_engines_construction, 1, "is stopped in building the model", "ranks 0, 2-3"),
     (in_the_data_loader, 2, "stands in reading data of step 2", "ranks 0-1, 3"),
-    (in_a_collective_of_deepspeed, 0, "is stopped in all-gather of data ranks 0-1 in optimizer of step 1", "rank 1"),
+    (in_a_collective_of_deepspeed, 0, "is stopped in all-reduce of data ranks 0-1 in optimizer of step 1", "rank 1"),
 ]  # fmt: skip
 
 
