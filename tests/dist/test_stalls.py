@@ -105,3 +105,63 @@ def test_a_rank_that_stops_is_named(recipe, trap, rank, place, others):
     assert set(stacks) == set(range(size))
     assert all(f"rank {number}, host" in text and "main.py" in text for number, text in stacks.items())
     assert f"in {'<lambda>' if trap is in_the_data_loader else 'stop_here'}" in stacks[rank].split("Now:")[0]
+
+
+def slow_forward():
+    from megacode.model.llama import Llama
+
+    original = Llama.forward
+
+    def slowed(self, *args, **kwargs):
+        time.sleep(0.1)
+        return original(self, *args, **kwargs)
+
+    Llama.forward = slowed
+
+
+TWO = (*SETTINGS, "parallel.tensor=1", "parallel.pipeline=1")
+
+
+def test_a_slow_rank_is_named_while_the_run_goes_on(recipe):
+    run = recipe.parent / "slow"
+    settings = (*TWO, "logging.phases=true", "schedule.steps=32", "checkpoint.every_steps=100")
+    ended = run_ranks(recipe, f"run={run}", *settings, trap=slow_forward, trapped=1, world_size=2)
+    assert ended.codes == [0, 0], ended.output
+    (event,) = (line for line in lines(run) if line["event"] == "straggler")
+    assert (event["rank"], event["phase"]) == (1, "forward")
+    assert event["phase_seconds"] > 0.2 > event["phase_median"]  # two micro-batches; the median of two is their mean
+    assert "is slow: " in event["text"]
+    assert event["text"] in ended.output
+
+
+def other_parameters():
+    from megacode.train import main
+
+    original = main.ZeroEngine
+
+    def changed(*args, **kwargs):
+        engine = original(*args, **kwargs)
+        name = next(iter(engine.parameters))
+        engine.parameters[name] = engine.parameters[name].detach().double()
+        return engine
+
+    main.ZeroEngine = changed
+
+
+@pytest.mark.parametrize(
+    ("own", "trap", "message"),
+    [
+        ("optimizer.learning_rate=0.1", None, "optimizer.learning_rate is 0.1 on rank 1 and 0.003 on the others; give all"),
+        ("parallel.pipeline=2", None, "parallel.pipeline is 2 on rank 1 and 1 on the others; give all hosts the same"),
+        ("seed=0", other_parameters, "torch.float64 on rank 1 and (616, 64) torch.float32 on the others of its data ranks"),
+    ],
+    ids=["recipe", "layout", "parameters"],
+)  # fmt: skip
+def test_ranks_that_differ_are_told_at_the_start(recipe, own, trap, message):
+    run = recipe.parent / "differ"
+    ended = run_ranks(recipe, f"run={run}", *TWO, trap=trap, trapped=1, world_size=2, own={1: (own,)})
+    assert ended.codes == [2, 2], ended.output
+    assert ended.output.count("error: ") == 1
+    assert message in ended.output
+    assert "Traceback" not in ended.output
+    assert status(run)["outcome"] == "failed"

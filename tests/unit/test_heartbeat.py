@@ -83,7 +83,7 @@ def test_communication_is_a_phase_with_and_without_a_heartbeat(path):
 
 def test_phases_are_summed(heart, path):
     for number in (1, 2):
-        add_phases({part: number / 4 for part in PARTS})
+        add_phases(dict.fromkeys(PARTS, number / 4))
     record = read(path)
     assert record.steps == 2
     assert record.seconds == dict.fromkeys(PARTS, 0.75)
@@ -123,4 +123,3 @@ def test_a_file_that_another_process_has_mapped_is_replaced_not_shortened(heart,
 def test_half_a_file_is_no_record(path):
     path.write_bytes(b"\0" * 20)
     assert read(path) is None
-

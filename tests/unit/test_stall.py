@@ -1,4 +1,4 @@
-"""What a rank sees of the others, who leads and judges, and when a run stands still: no training, several 'machines'."""
+"""What a rank sees of the others, who leads and judges, and when a run stands still: no training, few processes."""
 
 import json
 import os

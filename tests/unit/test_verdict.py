@@ -80,8 +80,8 @@ CASES = {
     ),
     "a circle": (
         [receiving(0, 2), in_tensor(1), receiving(2, 0), receiving(3, 1)], [0, 2],
-        "rank 0 (host a, process 100) stands in receive from rank 2 in forward of chunk 0, micro-batch 0 of step 3, in a "
-        "circle; rank 2 (host a, process 102) stands in receive from rank 0",
+        "rank 0 (host a, process 100) stands in receive from rank 2 in forward of chunk 0, micro-batch 0 of step 3, in "
+        "a circle; rank 2 (host a, process 102) stands in receive from rank 0",
     ),
     "one has not started": (
         [at(rank, "starting", "rendezvous", "world", step=0) for rank in range(3)] + [MISSING], [3],
