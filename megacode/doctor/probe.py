@@ -1,6 +1,6 @@
 """The same training twice: in one plain process and in a layout, from the same weights on the same samples.
 
-Any recipe will do. The learning rate is the recipe's peak, in every step: a warm-up's first steps hardly move a weight.
+Any recipe will do. The learning rate is the recipe's peak in every step.
 Many layouts run in one set of processes: meshes are kept by their sizes, and the reference on random tokens by what
 the recipe says beside its layout.
 """

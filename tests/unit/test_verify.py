@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 from support.training import recipe
 
 from megacode import cli
+from megacode.data.tokenizer import Tokenizer
 from megacode.doctor.outcome import GRADIENT, WEIGHT, Outcome, combine, compare, deviations
-from megacode.doctor.verify import Row, place, problems
+from megacode.doctor.verify import Row, place, prepare, problems
 from megacode.model.layers import Slice
 from megacode.plan.cases import cases
 from megacode.tools.verify import layouts
 
-NAMES = ("model.embed_tokens.weight", "model.layers.0.q.weight", "model.layers.1.q.weight")
+NAMES = ("model.embed_tokens.weight", "model.layers.2.q.weight", "model.layers.10.q.weight")
 
 
 def expected() -> Outcome:
@@ -207,6 +208,19 @@ def test_the_place(monkeypatch):
     for num_gpus, expected in ((4, (True, "GPUs, NCCL")), (2, (False, too_few))):
         monkeypatch.setattr(torch.cuda, "device_count", lambda num=num_gpus: num)
         assert place(wanted) == expected
+
+
+def test_what_is_compared(tmp_path, monkeypatch):
+    """The recipe's own model, scaled, with its tokenizer's vocabulary, at a tenth of its peak learning rate."""
+    from support.exports import train_tokenizer
+
+    tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
+    monkeypatch.setattr("megacode.train.start.open_streams", lambda recipe, tokenizer: None)
+    config = recipe(tokenizer={"path": str(tokenizer)}, model={"vocabulary": None}, optimizer={"learning_rate": 2e-3})
+    small, (case,) = prepare(config, ["pp2 bf16"], 2)
+    assert small.optimizer.learning_rate == case.recipe.optimizer.learning_rate == pytest.approx(2e-4)
+    assert (small.model.layers, case.recipe.parallel.pipeline, case.recipe.precision) == (2, 2, "bf16")
+    assert case.recipe.model.vocabulary == Tokenizer(tokenizer).vocabulary
 
 
 # ---- mistakes
