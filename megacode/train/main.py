@@ -182,6 +182,7 @@ class Run:
             if tells:
                 self._tell(f"{_names(gone)} ended" if gone else "another rank failed", None)
         finally:
+            self.stall.clear()
             os._exit(1)
 
     def _fail(self, error: BaseException) -> NoReturn:
@@ -197,7 +198,9 @@ class Run:
                 first = metrics.fail_status(
                     self.folder, self.place.rank, str(error), store.newest(self.folder), self.start
                 )
-                os._exit(_refuse(error, speaks=first))
+                code = _refuse(error, speaks=first)
+                self.stall.clear()
+                os._exit(code)
             gone = self.watch.wait_for_gone(seconds=0.5) if self.watch is not None else []
             message = f"{type(error).__name__}: {error}"
             if is_out_of_memory(error):
@@ -207,6 +210,7 @@ class Run:
             else:
                 self._tell(f"{_names(gone)} ended ({message})" if gone else message, traceback.format_exc())
         finally:
+            self.stall.clear()
             os._exit(1)
 
     def _claim_stall(self, verdict: Verdict) -> bool:

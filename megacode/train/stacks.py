@@ -1,5 +1,6 @@
 """The Python stacks of a rank for RUN/stacks/, also of one that was stopped or whose interpreter is held."""
 
+import ctypes
 import faulthandler
 import os
 import signal
@@ -69,8 +70,7 @@ class Stacks:
         """
         by_rank = {record.rank: record for record in asleep}
         for record in by_rank.values():
-            with suppress(ProcessLookupError):
-                os.kill(record.pid, signal.SIGCONT)
+            _wake(record.pid)
         began, left = time.monotonic(), set(ranks)
         while left and time.monotonic() < began + seconds:
             time.sleep(0.1)
@@ -91,6 +91,13 @@ class Stacks:
 
     def _woken_file(self, rank: int) -> Path:
         return self.shared / f"woken_{rank:05d}.txt"
+
+
+def _wake(pid: int) -> None:
+    """Send SIGCONT to a process's main thread: any thread may handle what is sent to the process, the main one going on
+    meanwhile.
+    """
+    ctypes.CDLL(None).tgkill(pid, pid, int(signal.SIGCONT))
 
 
 def _head(rank: int, host: str, pid: int) -> str:

@@ -113,7 +113,7 @@ def slow_forward():
     original = Llama.forward
 
     def slowed(self, *args, **kwargs):
-        time.sleep(0.1)
+        time.sleep(0.05)
         return original(self, *args, **kwargs)
 
     Llama.forward = slowed
@@ -124,12 +124,12 @@ TWO = (*SETTINGS, "parallel.tensor=1", "parallel.pipeline=1")
 
 def test_a_slow_rank_is_named_while_the_run_goes_on(recipe):
     run = recipe.parent / "slow"
-    settings = (*TWO, "logging.phases=true", "schedule.steps=32", "checkpoint.every_steps=100")
+    settings = (*TWO, "logging.phases=true", "schedule.steps=28", "checkpoint.every_steps=100")
     ended = run_ranks(recipe, f"run={run}", *settings, trap=slow_forward, trapped=1, world_size=2)
     assert ended.codes == [0, 0], ended.output
     (event,) = (line for line in lines(run) if line["event"] == "straggler")
     assert (event["rank"], event["phase"]) == (1, "forward")
-    assert event["phase_seconds"] > 0.2 > event["phase_median"]  # two micro-batches; the median of two is their mean
+    assert event["phase_seconds"] > 0.1 > event["phase_median"]  # two micro-batches; the median of two is their mean
     assert "is slow: " in event["text"]
     assert event["text"] in ended.output
 
@@ -151,11 +151,10 @@ def other_parameters():
 @pytest.mark.parametrize(
     ("own", "trap", "message"),
     [
-        ("optimizer.learning_rate=0.1", None, "optimizer.learning_rate is 0.1 on rank 1 and 0.003 on the others; give all"),
         ("parallel.pipeline=2", None, "parallel.pipeline is 2 on rank 1 and 1 on the others; give all hosts the same"),
         ("seed=0", other_parameters, "torch.float64 on rank 1 and (616, 64) torch.float32 on the others of its data ranks"),
     ],
-    ids=["recipe", "layout", "parameters"],
+    ids=["recipe", "parameters"],
 )  # fmt: skip
 def test_ranks_that_differ_are_told_at_the_start(recipe, own, trap, message):
     run = recipe.parent / "differ"
