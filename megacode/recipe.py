@@ -239,10 +239,22 @@ class LoggingSection(Section):
 class FaultsSection(Section):
     collective_timeout_seconds: float = Field(default=600, gt=0)
     """A collective that waits longer ends the run with an error."""
+    stall_seconds: float = Field(default=300, gt=0)
+    """When no rank has gone on for so long, the run ends and says which rank the others wait for: more than a start
+    before its first step, a micro-batch or (on a GPU) a step takes; reading and writing checkpoints is not counted."""
     non_finite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient norm is not finite: end the run, or leave out its update and go on."""
     skips_in_a_row: int = Field(default=10, gt=0)
     """So many steps left out one after the other end the run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "FaultsSection":
+        if self.stall_seconds >= self.collective_timeout_seconds:
+            raise ValueError(
+                f"stall_seconds ({self.stall_seconds:g}) must be below collective_timeout_seconds "
+                f"({self.collective_timeout_seconds:g}), which ends the run without saying who is to blame"
+            )
+        return self
 
 
 class Recipe(Section):

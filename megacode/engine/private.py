@@ -30,10 +30,18 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megacode.errors import UserError
-from megacode.parallel.phases import measure
+from megacode.parallel.heartbeat import communicating, finishing
+from megacode.parallel.mesh import Mesh
 
 VERSION = "0.19.8"
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
+COLLECTIVES = {
+    "all_reduce": "all-reduce", "all_reduce_coalesced": "all-reduce", "reduce": "reduce", "broadcast": "broadcast",
+    "all_gather": "all-gather", "all_gather_into_tensor": "all-gather", "all_gather_coalesced": "all-gather",
+    "all_gather_object": "all-gather", "broadcast_object_list": "broadcast", "reduce_scatter": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter", "all_to_all_single": "all-to-all", "barrier": "barrier",
+}  # fmt: skip
+"""Methods of DeepSpeed's backend that all ranks of a group call, and what they are."""
 
 
 def check_version() -> None:
@@ -71,7 +79,8 @@ def check_traces_within(group: ProcessGroup) -> None:
     def assert_same(ints: Iterable[int]) -> None:
         ints = list(ints)
         seen: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(seen, [i - min(ints) for i in ints], group=group)
+        with communicating("all-gather", "data"):
+            dist.all_gather_object(seen, [i - min(ints) for i in ints], group=group)
         assert all(other == seen[0] for other in seen), "ranks of one stage recorded different module orders"
 
     for module in (partitioned_param_coordinator, partition_parameters, stage3):
@@ -148,6 +157,7 @@ def validation_trace(zero: Any) -> Any:
             allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
             inflight_param_registry=offload._DeepSpeedZeRoOffload__inflight_param_registry,
         )
+        _mark(offload.megacode_validation_coordinator, "fetch_sub_module", "all-gather")
     offload.param_coordinator = offload.megacode_validation_coordinator
     try:
         start_trace(zero)
@@ -184,22 +194,49 @@ class DeviceSkip:
 
 
 def mark_communication(zero: Any) -> None:
-    """Count DeepSpeed's gathers and reductions as communication, where phases are measured."""
+    """Say when a rank stands in DeepSpeed's gathers and reductions, whose single calls may only start them."""
+    if hasattr(zero, "parameter_offload"):
+        _mark(zero.parameter_offload.get_param_coordinator(), "fetch_sub_module", "all-gather")
+        _mark(zero, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads", "reduce-scatter")
+    else:
+        _mark(zero, "reduce_ipg_grads", "reduction")
 
-    def mark(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
+
+def _mark(owner: Any, name: str, kind: str) -> None:
+    original = getattr(owner, name)
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with finishing(kind, "data"):
+            return original(*args, **kwargs)
+
+    setattr(owner, name, marked)
+
+
+def mark_collectives(mesh: Mesh) -> None:
+    """Count DeepSpeed's collectives, each in the group that it is called with, and say when a rank stands in one.
+
+    Its calls go through methods of one object. Called again, for an engine on another mesh, this replaces the marks.
+    """
+    backend, world_size = sys.modules["deepspeed.comm.comm"].cdb, dist.get_world_size()
+    axes = {mesh.data_group: "data", mesh.model_group: "model", mesh.tensor_group: "tensor"}
+
+    def axis(arguments: Iterable[Any]) -> str:
+        group = next((each for each in arguments if isinstance(each, ProcessGroup)), None)
+        if group is None:
+            return "world"
+        return axes.get(group, "world" if group.size() == world_size else "")
+
+    def mark(name: str, kind: str) -> None:
+        original = getattr(type(backend), name).__get__(backend)
 
         def marked(*args: Any, **kwargs: Any) -> Any:
-            with measure("communication"):
+            with communicating(kind, axis((*args, *kwargs.values()))):
                 return original(*args, **kwargs)
 
-        setattr(owner, name, marked)
+        setattr(backend, name, marked)
 
-    if hasattr(zero, "parameter_offload"):
-        mark(zero.parameter_offload.get_param_coordinator(), "fetch_sub_module")
-        mark(zero, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")
-    else:
-        mark(zero, "reduce_ipg_grads")
+    for name, kind in COLLECTIVES.items():
+        mark(name, kind)
 
 
 class Fp32Gradients:

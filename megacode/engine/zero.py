@@ -18,8 +18,8 @@ from megacode.engine.config import deepspeed_config
 from megacode.model.layers import part_of
 from megacode.model.llama import Block
 from megacode.parallel.build import build_chunks
+from megacode.parallel.heartbeat import communicating, doing, finishing
 from megacode.parallel.mesh import Mesh
-from megacode.parallel.phases import measure
 from megacode.parallel.pipeline import MicroBatch, Pipeline
 from megacode.plan.layout import Layout
 from megacode.recipe import OptimizerSection, Recipe
@@ -45,6 +45,8 @@ class ZeroEngine:
     def __init__(self, recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, num_groups: int = 1) -> None:
         dtype = DTYPES[recipe.precision]
         parallel, config = recipe.parallel, deepspeed_config(recipe)
+        private.mark_collectives(mesh)
+        doing("building the model")
         with _construction(parallel.zero, mesh, device, dtype, config):
             chunks = build_chunks(recipe, layout, mesh, device, dtype)
         self.parameters = dict(chunks.global_parameters())
@@ -54,6 +56,7 @@ class ZeroEngine:
         private.check_traces_within(mesh.data_group)
         private.gather_whole(chunks, Block)
         optimizer = adam(self.parameters.values(), recipe.optimizer)
+        doing("building the engine")
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=chunks, optimizer=optimizer, config=config, mpu=mesh.mpu
         )
@@ -135,11 +138,12 @@ class ZeroEngine:
             yield
             if self._fp32_gradients is not None:
                 self._fp32_gradients.hand_over()
-            with measure("communication"):
+            doing("reducing gradients")
+            with finishing("reduction", "data"):
                 stack.close()
         if self._partial:
             # The sum over the data ranks and that over the tensor ranks commute: this way round it is once a step.
-            with measure("communication"):
+            with communicating("all-reduce", "tensor"):
                 private.sum_gradients(self._partial, self._tensor_group)
         self._release_leftovers()
 

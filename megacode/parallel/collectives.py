@@ -14,36 +14,39 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megacode.model.linear import Wait
-from megacode.parallel.phases import measure
+from megacode.parallel.heartbeat import finishing, waiting
 
 
 def start_sum(x: Tensor, group: ProcessGroup) -> Wait:
     """Start an all-reduce of a copy of x."""
     total = x.clone(memory_format=torch.contiguous_format)
-    work = dist.all_reduce(total, group=group, async_op=True)
-    return lambda: _finish(work, total)
+    with waiting("all-reduce", "tensor"):
+        work = dist.all_reduce(total, group=group, async_op=True)
+    return lambda: _finish("all-reduce", work, total)
 
 
 def start_gather(x: Tensor, group: ProcessGroup) -> Wait:
     """Start an all-gather of x [batch, part of the sequence, ...] -> [batch, sequence, ...]."""
     x, ranks = x.contiguous(), group.size()
     parts = x.new_empty(ranks, *x.shape)
-    work = dist.all_gather_into_tensor(parts.flatten(0, 1), x, group=group, async_op=True)
-    return lambda: _finish(work, parts).transpose(0, 1).flatten(1, 2)
+    with waiting("all-gather", "tensor"):
+        work = dist.all_gather_into_tensor(parts.flatten(0, 1), x, group=group, async_op=True)
+    return lambda: _finish("all-gather", work, parts).transpose(0, 1).flatten(1, 2)
 
 
 def start_scatter_sum(x: Tensor, group: ProcessGroup) -> Wait:
     """Start a reduce-scatter of x [batch, sequence, ...] -> [batch, part of the sequence, ...]."""
     parts = x.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()  # [ranks, batch, part, ...]
     mine = torch.empty_like(parts[0])
-    work = dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=group, async_op=True)
-    return lambda: _finish(work, mine, parts)
+    with waiting("reduce-scatter", "tensor"):
+        work = dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=group, async_op=True)
+    return lambda: _finish("reduce-scatter", work, mine, parts)
 
 
-def _finish(work: dist.Work | None, result: Tensor, *alive: Tensor) -> Tensor:
+def _finish(kind: str, work: dist.Work | None, result: Tensor, *alive: Tensor) -> Tensor:
     """Wait for `work`; `alive` are tensors that it reads."""
     assert work is not None
-    with measure("communication"):
+    with finishing(kind, "tensor"):
         work.wait()
     return result
 

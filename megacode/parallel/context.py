@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megacode.parallel.phases import measure
+from megacode.parallel.heartbeat import communicating
 
 Batch = TypeVar("Batch")
 
@@ -115,7 +115,7 @@ class _GatherSequence(torch.autograd.Function):
         ctx.group = group
         local = local.contiguous()
         parts = local.new_empty(group.size(), *local.shape)
-        with measure("communication"):
+        with communicating("all-gather", "context"):
             dist.all_gather_into_tensor(parts.flatten(0, 1), local, group=group)
         early, late = parts.unflatten(3, (2, -1)).unbind(3)  # [ranks, 2, batch, chunk, ...] each
         return torch.cat((early, late.flip(0))).movedim(0, 2).flatten(2, 3)
@@ -127,6 +127,6 @@ class _GatherSequence(torch.autograd.Function):
         early, late = grad.unflatten(2, (2 * ranks, -1)).movedim(2, 0).chunk(2)  # [ranks, 2, batch, chunk, ...] each
         parts = torch.cat((early, late.flip(0)), 3).contiguous()  # [ranks, 2, batch, local, ...]
         mine = torch.empty_like(parts[0])
-        with measure("communication"):
+        with communicating("reduce-scatter", "context"):
             dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=ctx.group)
         return mine, None

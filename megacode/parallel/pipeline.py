@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megacode.parallel.heartbeat import communicating, doing
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.phases import measure
 from megacode.parallel.schedule import Operation, forwards_only, one_f_one_b
@@ -90,9 +91,10 @@ class _Sends:
 
     def wait(self) -> None:
         """Until all is there."""
-        for pending in self._pending.values():
-            while pending:
-                pending.popleft()[1].wait()
+        for rank, pending in self._pending.items():
+            with communicating("send", peer=self.mesh.stage_rank(rank)):
+                while pending:
+                    pending.popleft()[1].wait()
 
 
 class Pipeline:
@@ -155,8 +157,9 @@ class Pipeline:
         sends = _Sends(self.mesh, len(batches), self.virtual_stages, backwards=keep_graph)
         received, work = self._exchange(None, operations[0], batches, sends)
         for number, operation in enumerate(operations):
+            doing(f"{operation.kind} of chunk {operation.chunk}, micro-batch {operation.micro_batch}")
             if work is not None:
-                with measure("communication"):
+                with communicating("receive", peer=self._peer(-1 if operation.kind == "forward" else 1)):
                     work.wait()
                     sends.received(operation)
             stage, key = self._stage(operation), (operation.chunk, operation.micro_batch)
@@ -181,8 +184,7 @@ class Pipeline:
                 send = x.grad if stage > 0 else None
             following = operations[number + 1] if number + 1 < len(operations) else None
             received, work = self._exchange((operation, send) if send is not None else None, following, batches, sends)
-        with measure("communication"):
-            sends.wait()
+        sends.wait()
         return total
 
     def _by_group(self, losses: Tensor, batch: MicroBatch) -> Tensor:

@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 from megacode.model.layers import IGNORE, Embedding, Linear, PlainLayers, Slice, part_of
 from megacode.model.linear import Exchange, linears
 from megacode.parallel.collectives import Replicated, SplitSequence, sum_over_tensor_ranks
+from megacode.parallel.heartbeat import communicating
 from megacode.parallel.mesh import Mesh
-from megacode.parallel.phases import measure
 from megacode.plan.layout import vocabulary_rows
 from megacode.recipe import Recompute
 
@@ -68,7 +68,7 @@ class _VocabularyLoss(torch.autograd.Function):
         ctx.dtype = logits.dtype
         logits = logits.float()  # [tokens, this rank's rows]
         largest = logits.amax(-1)
-        with measure("communication"):
+        with communicating("all-reduce", "tensor"):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         logits = logits - largest.unsqueeze(-1)
         ignored = labels == IGNORE
@@ -78,7 +78,7 @@ class _VocabularyLoss(torch.autograd.Function):
         target = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(foreign, 0.0)
         exponentials = logits.exp_()
         sums = torch.stack([exponentials.sum(-1), target])  # [2, tokens]
-        with measure("communication"):
+        with communicating("all-reduce", "tensor"):
             dist.all_reduce(sums, group=group)
         ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), local, foreign, ignored)
         return (sums[0].log() - sums[1]).masked_fill(ignored, 0.0)  # [tokens]

@@ -113,13 +113,26 @@ def this_process(rank: int) -> Peer:
     return Peer(rank, socket.gethostname(), os.getpid(), _started(os.getpid()))
 
 
-def _started(pid: int) -> int | None:
-    """When a process started, in the kernel's ticks; None where it is gone, or dead and not yet fetched."""
+def _stat(pid: int) -> tuple[str, int] | None:
+    """A process's state, as ps shows it, and when it started, in the kernel's ticks; None where it is gone, or dead and
+    not yet fetched.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in "ZX" else (fields[0], int(fields[19]))
+
+
+def _started(pid: int) -> int | None:
+    stat = _stat(pid)
+    return None if stat is None else stat[1]
+
+
+def process_state(pid: int, started: int) -> str | None:
+    """The state of a process, as ps shows it ("T": stopped); None where it is gone."""
+    stat = _stat(pid)
+    return None if stat is None or stat[1] != started else stat[0]
 
 
 class PeerWatch:

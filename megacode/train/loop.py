@@ -19,7 +19,9 @@ from megacode.data.stream import MicroBatch as HostBatch
 from megacode.data.stream import TrainStream, ValidationStream, step_indices
 from megacode.engine.zero import ZeroEngine
 from megacode.model.layers import IGNORE, part_of
+from megacode.parallel import heartbeat
 from megacode.parallel.context import own_part
+from megacode.parallel.heartbeat import communicating, doing, waiting
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.phases import Recorder, measure
 from megacode.parallel.pipeline import MicroBatch
@@ -76,6 +78,7 @@ class Trainer:
 
     def finish(self, stopped: str | None) -> None:
         """Say that the run is finished or was asked to stop, with every rank's peak memory. Waits for all ranks."""
+        doing("finishing", patient=True)
         memory = writer(self.mesh).gather(memory_bytes(self.device))
         if self.journal is not None:
             run, step = Path(self.recipe.run), self.progress.step
@@ -96,19 +99,23 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.restart()
         recipe, first, groups = self.recipe, self.progress.next_sample, 2 * len(self.stream.sources)
+        heartbeat.begin_step(self.progress.step + 1)
+        doing("reading data")
         with measure("data"):
             batches, counts = self._batches(self.stream.micro_batch, first, recipe.batch.global_samples)
         num_valid = counts.sum().clamp(min=1)
         sums = self.engine.train_step(batches, self.mesh.zero_size / num_valid)
         asked = self.requests.noted(self.progress.step + 1).to(self.device, non_blocking=True)
-        with measure("communication"):
-            totals = torch.cat([sums / self.mesh.tensor, asked])
+        totals = torch.cat([sums / self.mesh.tensor, asked])
+        with communicating("all-reduce", "world"):
             dist.all_reduce(totals)
+        doing("optimizer")
         rate = learning_rate(recipe, self.progress.step)
         with measure("optimizer"):
             norm, skipped = self.engine.update(rate, totals[:groups].sum() / num_valid)
             # The step's one wait for the device.
-            values = torch.cat([part.double().flatten() for part in (totals, counts, norm, skipped)]).tolist()
+            with waiting("wait for the device", "world"):
+                values = torch.cat([part.double().flatten() for part in (totals, counts, norm, skipped)]).tolist()
         loss_sums, flags = values[:groups], values[groups : len(totals)]
         label_counts, (norm_value, skip) = values[len(totals) : -2], values[-2:]
         self.progress = dataclasses.replace(
@@ -117,6 +124,7 @@ class Trainer:
             next_sample=first + recipe.batch.global_samples,
             adam_step=self.progress.adam_step + (0 if skip else 1),
         )
+        doing("logging")
         with measure("logging"):
             losses = split_losses(loss_sums, label_counts, self.stream.sources)
             figures = {**losses, "grad_norm": norm_value, "learning_rate": rate, "skipped": bool(skip)}
@@ -126,6 +134,8 @@ class Trainer:
 
     def _log(self, figures: dict[str, Any], seconds: float) -> None:
         phases = self.recorder.take() if self.recorder else None
+        if phases is not None:
+            heartbeat.add_phases(phases)
         if self.journal is None:
             return
         recipe, length = self.recipe, self.recipe.batch.sequence_length
@@ -175,10 +185,12 @@ class Trainer:
         sums = torch.zeros(2 * len(self.stream.sources), device=self.device)
         counts = torch.zeros(2 * len(self.stream.sources), dtype=torch.int64, device=self.device)
         for first in range(0, min(wanted, self.validation.num_samples), size):
+            doing("reading validation data")
             batches, batch_counts = self._batches(self.validation.micro_batch, first, size)
             sums += self.engine.evaluate(batches)
             counts += batch_counts
-        dist.all_reduce(sums)
+        with communicating("all-reduce", "world"):
+            dist.all_reduce(sums)
         if self.journal is not None:
             num_valid = int(counts.sum())
             mean = float(sums.sum()) / self.mesh.tensor / num_valid
@@ -188,6 +200,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step."""
         started = time.monotonic()
+        doing("writing a checkpoint", patient=True)
         run, step = Path(self.recipe.run), self.progress.step
         parts = {name: part_of(parameter) for name, parameter in self.engine.parameters.items()}
         folder = store.step_folder(run, step)
@@ -214,7 +227,8 @@ class Trainer:
             for group, batch in zip(groups, host, strict=True)
         )
         totals = torch.as_tensor(counts, dtype=torch.int64).to(self.device)
-        dist.all_reduce(totals, group=mesh.data_group)
+        with communicating("all-reduce", "data"):
+            dist.all_reduce(totals, group=mesh.data_group)
         return [_to_device(batch, group, self.device) for batch, group in zip(host, groups, strict=True)], totals
 
 

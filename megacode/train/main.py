@@ -6,7 +6,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,33 +22,44 @@ from megacode.data.tokenizer import Tokenizer
 from megacode.engine.config import deepspeed_config
 from megacode.engine.zero import ZeroEngine, check_version, start_deepspeed
 from megacode.errors import UserError
+from megacode.parallel.heartbeat import doing, waiting
 from megacode.parallel.mesh import Mesh, build_mesh
 from megacode.parallel.phases import record
 from megacode.plan.layout import Layout, fit
 from megacode.recipe import Recipe
 from megacode.train import faults, metrics, start
+from megacode.train.agreement import compare_parameters, compare_starts
 from megacode.train.console import Console
 from megacode.train.faults import EXIT_STOPPED, Peer, PeerWatch, Requests
 from megacode.train.journal import Journal
 from megacode.train.launch import Place, find_device, find_place, start_process_group
 from megacode.train.loop import Trainer
 from megacode.train.out_of_memory import explain_out_of_memory, is_out_of_memory
+from megacode.train.stall import StallWatch
+from megacode.train.straggler import Stragglers
 from megacode.train.trackers import check_trackers, open_trackers
+from megacode.train.verdict import Seen, Verdict
+
+UNKNOWN_START = "before the ranks know each other"
+TELLING_SECONDS = 2.0
+"""How long a verdict on a stall may take to be written once the run is known to have failed."""
 
 
 def main(arguments: list[str]) -> int:
     """Train; returns the process's exit code.
 
-    0: finished; 1: failed; 2: the user can mend it (said once a machine); 75: asked to stop, and saved.
+    0: finished; 1: failed; 2: the user can mend it (said once a machine); 75: asked to stop, and saved; 76: stalled.
     """
     options = _parse(arguments)
-    place = Place(0, 0, 1, 1)
+    place, run = Place(0, 0, 1, 1), None
     try:
         place = find_place(options.local_rank)
         check_version()
         device = find_device(place)
         tokenizer, config = _load(options)
         layout = fit(config, place.world_size)
+        run = Run(config, layout, place, device)
+        doing("opening the data")
         deepspeed_config(config)
         check_trackers(config)
         streams = start.open_streams(config, tokenizer)
@@ -54,12 +67,18 @@ def main(arguments: list[str]) -> int:
         start.check_disk(config)
         _make_run_folder(Path(config.run), place)
     except UserError as error:
+        if run is not None:
+            run.stall.stop()
         return _refuse(error, speaks=place.local_rank == 0)
-    return Run(config, layout, place, device).run(streams)
+    return run.run(streams)
 
 
 class Run:
-    """A rank's run, from its process group to its end, whatever that is."""
+    """A rank's run to its end, whatever that is. It keeps a heartbeat from here on.
+
+    Raises:
+        UserError: it can't.
+    """
 
     def __init__(self, recipe: Recipe, layout: Layout, place: Place, device: torch.device) -> None:
         self.recipe, self.layout, self.place, self.device = recipe, layout, place, device
@@ -68,26 +87,40 @@ class Run:
         self.watch: PeerWatch | None = None
         self.trainer: Trainer | None = None
         self.hosts: list[str] = []
-        self.start = "before the ranks know each other"
+        self.start = UNKNOWN_START
         self._telling = threading.Lock()
         self.requests = Requests(self.folder, looks=place.rank == 0)
+        self.stragglers = Stragglers(layout)
+        self.stall = StallWatch(
+            self.folder, faults.this_process(place.rank), place.local_rank, layout, recipe.faults.stall_seconds,
+            self._claim_stall, self._tell_stall, self._look_for_stragglers,
+        )  # fmt: skip
+        self.stall.start()
 
     def run(self, streams: tuple[TrainStream, ValidationStream | None]) -> int:
         """The exit code. A failure ends the process at once."""
         timeout_seconds = self.recipe.faults.collective_timeout_seconds
         try:
-            start_process_group(self.place, self.device, timeout_seconds)
+            doing("starting the process group")
+            with waiting("rendezvous", "world"):
+                start_process_group(self.place, self.device, timeout_seconds)
             layout = self.layout
-            mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, layout.context, timeout_seconds)
+            compare_starts(self.recipe, layout, self.device, streams[0].windows.num_tokens)
+            with waiting("making of groups", "world"):
+                mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, layout.context, timeout_seconds)
             self._watch_peers(mesh)
+            doing("starting DeepSpeed")
             start_deepspeed()
             self.trainer = trainer = self._trainer(mesh, *streams)
             self.requests.listen()
             stopped = trainer.run()
             assert self.watch is not None
             self.watch.stop()
+            self.stall.leave_if_told()
             trainer.finish(stopped)
-            dist.barrier(group=mesh.control_group)
+            with waiting("barrier", "world"):
+                dist.barrier(group=mesh.control_group)
+            self.stall.stop()
             dist.destroy_process_group()
         except (Exception, KeyboardInterrupt) as error:
             self._fail(error)
@@ -100,7 +133,8 @@ class Run:
 
     def _watch_peers(self, mesh: Mesh) -> None:
         peers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(peers, faults.this_process(mesh.rank), group=mesh.control_group)
+        with waiting("all-gather", "world"):
+            dist.all_gather_object(peers, faults.this_process(mesh.rank), group=mesh.control_group)
         self.hosts = [peer.host for peer in peers]
         self.start = f"{peers[0].host} {peers[0].pid} {peers[0].started}"
         self.watch = PeerWatch(peers, mesh.rank, self._is_in_vain, self._peers_are_gone)
@@ -114,6 +148,7 @@ class Run:
         """A trainer at the newest checkpoint of the run folder, or at the beginning."""
         config, device = self.recipe, self.device
         engine = ZeroEngine(config, self.layout, mesh, device, num_groups=2 * len(stream.sources))
+        compare_parameters(engine.parameters, mesh)
         # Rank 0 decides: on network file systems the ranks may see different newest folders.
         ranks = start.writer(mesh)
         newest = ranks.broadcast(store.newest(self.folder))
@@ -144,9 +179,11 @@ class Run:
     def _peers_are_gone(self, gone: list[Peer], tells: bool) -> None:
         """Called in a thread: other ranks of this machine have ended, and this one must not wait for them."""
         try:
+            self.stall.leave_if_told(wait_seconds=0 if gone else TELLING_SECONDS)
             if tells:
                 self._tell(f"{_names(gone)} ended" if gone else "another rank failed", None)
         finally:
+            self.stall.clear()
             os._exit(1)
 
     def _fail(self, error: BaseException) -> NoReturn:
@@ -155,13 +192,16 @@ class Run:
         Interpreter shutdown could wait for those collectives.
         """
         try:
+            self.stall.leave_if_told()
             if self.watch is not None:
                 self.watch.stop()
             if isinstance(error, UserError):
                 first = metrics.fail_status(
                     self.folder, self.place.rank, str(error), store.newest(self.folder), self.start
                 )
-                os._exit(_refuse(error, speaks=first))
+                code = _refuse(error, speaks=first)
+                self.stall.clear()
+                os._exit(code)
             gone = self.watch.wait_for_gone(seconds=0.5) if self.watch is not None else []
             message = f"{type(error).__name__}: {error}"
             if is_out_of_memory(error):
@@ -171,7 +211,43 @@ class Run:
             else:
                 self._tell(f"{_names(gone)} ended ({message})" if gone else message, traceback.format_exc())
         finally:
+            self.stall.clear()
             os._exit(1)
+
+    def _claim_stall(self, verdict: Verdict) -> bool:
+        """Called in a thread of one rank: no rank goes on. False where the run has ended otherwise."""
+        with suppress(OSError):
+            if self.start != UNKNOWN_START and metrics.has_ended_well(self.folder):
+                return False
+            if self.place.rank != 0 and self.start == UNKNOWN_START:
+                metrics.begin_status(self.folder)  # rank 0 may not have: what is there is of an earlier start
+            newest, culprit = store.newest(self.folder), verdict.culprits[0]
+            return metrics.fail_status(self.folder, culprit, verdict.conclusion, newest, self.start)
+        return True
+
+    def _tell_stall(self, verdict: Verdict) -> None:
+        """Called in a thread, when all ranks have been told to end."""
+        with self._telling:
+            print(f"{verdict.table}\n{verdict.conclusion}", file=sys.stderr, flush=True)
+            print(f"stacks of all ranks: {self.folder}/stacks", file=sys.stderr, flush=True)
+            if self.journal is not None:
+                self.journal.close()
+            with suppress(OSError):
+                culprits, table = verdict.culprits, verdict.table.splitlines()
+                metrics.append_event(self.folder, "stall", self.step, verdict.conclusion, ranks=culprits, table=table)
+
+    def _look_for_stragglers(self, seen: Mapping[int, Seen]) -> None:
+        """Called in a thread, again and again."""
+        if self.journal is None or (found := self.stragglers.look(seen)) is None:
+            return
+        record = seen[found.rank].record
+        assert record is not None
+        text = (
+            f"step {record.step}: rank {found.rank} (host {record.host}, process {record.pid}) is slow: "
+            f"{found.seconds:.3g} s a step without communication, {found.ratio:.2f} times the median of its stage's "
+            f"ranks, most in {found.phase} ({found.phase_seconds:.3g} s, median {found.phase_median:.3g} s)"
+        )
+        self.journal.event("straggler", record.step, text, host=record.host, **asdict(found))
 
     def _tell(self, message: str, trace: str | None, event: str = "failure") -> None:
         """Say why the run fails, in status.json and on stderr, unless another rank has: this follows from it then."""

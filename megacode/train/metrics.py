@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -67,15 +68,18 @@ def split_losses(sums: list[float], counts: list[float], sources: tuple[str, ...
     }
 
 
+def package_versions() -> dict[str, str]:
+    """Those of PACKAGES that are installed."""
+    versions = {}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
 def start_facts(recipe: Recipe, layout: Layout, device: torch.device, hosts: list[str], step: int,
                 checkpoint: Path | None, backends: dict[str, str]) -> dict[str, Any]:  # fmt: skip
     """A line of starts.jsonl: what the run goes on from, and on what."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "unix_time": time.time(),
         "step": step,
@@ -92,7 +96,7 @@ def start_facts(recipe: Recipe, layout: Layout, device: torch.device, hosts: lis
         "num_parameters": num_parameters(recipe.model),
         "peak_teraflops": device_peak_teraflops(recipe, device),
         "backends": backends,
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **package_versions()},
         "command": sys.argv,
     }
 
@@ -156,6 +160,15 @@ def fail_status(run: Path, rank: int, message: str, checkpoint: Path | None, sta
         return False
     write_status(run, "failed", rank=rank, message=message, checkpoint=checkpoint and str(checkpoint))
     return True
+
+
+def has_ended_well(run: Path) -> bool:
+    """Whether status.json says that the run is finished or was stopped when asked; once begun, of this start."""
+    try:
+        outcome: str = json.loads((run / "status.json").read_text(encoding="utf-8"))["outcome"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return outcome in ("finished", "stopped")
 
 
 def has_failed(run: Path, start: str) -> bool:

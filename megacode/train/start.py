@@ -14,6 +14,7 @@ from megacode.data.tokenizer import Tokenizer
 from megacode.engine.zero import ZeroEngine
 from megacode.errors import UserError
 from megacode.model.layers import initial_values, part_of
+from megacode.parallel.heartbeat import communicating, doing
 from megacode.parallel.mesh import Mesh
 from megacode.plan.model import num_parameters
 from megacode.recipe import Recipe
@@ -133,6 +134,7 @@ def load_weights(engine: ZeroEngine, recipe: Recipe, mesh: Mesh, newest: Path | 
     if reader is not None:
         _verify(reader, mesh)
     for name, parameter in engine.parameters.items():
+        doing(f"initial values of {name}")
         part = part_of(parameter)
         whole = reader.read_part(name, part) if reader else part.take(initial_values(name, part, recipe.seed))
         engine.write(name, whole)
@@ -148,6 +150,7 @@ def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress
     _verify(reader, mesh)
     engine.set_optimizer_step(reader.progress.adam_step)
     for name, parameter in engine.parameters.items():
+        doing(f"reading {name}")
         for key in ("weight", *store.STATES):
             engine.write(name, reader.read_part(name, part_of(parameter), key), key)
     return reader.progress
@@ -156,6 +159,7 @@ def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress
 def _verify(reader: CheckpointReader, mesh: Mesh) -> None:
     """Check every file once, shared by the ranks; what one finds is raised on all."""
     problem = None
+    doing("verifying a checkpoint", patient=True)
     try:
         reader.verify(mesh.rank, dist.get_world_size())
     except UserError as error:
@@ -173,12 +177,14 @@ def writer(mesh: Mesh) -> Writer:
 
     def gather(value: Any) -> list[Any] | None:
         collected: list[Any] | None = [None] * dist.get_world_size() if mesh.rank == 0 else None
-        dist.gather_object(value, collected, group=group)
+        with communicating("gather", "world"):
+            dist.gather_object(value, collected, group=group)
         return collected
 
     def broadcast(value: Any) -> Any:
         box = [value]
-        dist.broadcast_object_list(box, group=group)
+        with communicating("broadcast", "world"):
+            dist.broadcast_object_list(box, group=group)
         return box[0]
 
     return Writer(mesh.rank, mesh.zero_rank, mesh.zero_size, mesh.tensor_rank, gather, broadcast)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -125,6 +126,28 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(run, straight)
     assert len((run / "starts.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_rank_that_is_stopped_from_outside_ends_the_run_with_a_verdict(recipe):
+    run = recipe.parent / "stalled"
+    arguments = command(recipe, f"run={run}", "faults.stall_seconds=8", "parallel.pipeline=1", processes=2)
+    with subprocess.Popen(
+        arguments, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        ranks, lines = [], []
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if " spawned with command" in line:
+                ranks.append(int(line.split("process ")[1].split()[0]))
+            if line.startswith(f"step 2/{NUM_STEPS}"):
+                os.kill(ranks[1], signal.SIGSTOP)
+        assert process.wait(timeout=60) == 76, "".join(lines)[-3000:]
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert f"rank 1 (host {socket.gethostname()}, process {ranks[1]}) is stopped in" in status(run)["message"]
+    assert status(run)["message"].endswith("; rank 0 waits for it")
+    assert status(run)["outcome"] == "failed"
+    assert sorted(file.name for file in (run / "stacks").iterdir()) == ["rank_00000.txt", "rank_00001.txt"]
 
 
 def test_files_ask_for_a_checkpoint_and_for_the_end(recipe, straight):

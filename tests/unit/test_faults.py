@@ -12,7 +12,8 @@ import pytest
 from megacode.train.faults import FILES, SIGNALS, PeerWatch, Requests, this_process
 from megacode.train.launch import Place
 from megacode.train.main import Run
-from megacode.train.metrics import begin_status, fail_status, has_failed, write_status
+from megacode.train.metrics import begin_status, fail_status, has_ended_well, has_failed, write_status
+from megacode.train.verdict import Verdict
 
 
 @pytest.fixture
@@ -158,6 +159,19 @@ def test_only_the_first_rank_that_fails_says_why(tmp_path):
     begin_status(tmp_path)
     assert not has_failed(tmp_path, "this start")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["status.json"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "well"), [("finished", True), ("stopped", True), ("running", False), ("failed", False)]
+)
+def test_a_run_that_has_ended_can_no_more_stall(tmp_path, outcome, well):
+    assert not has_ended_well(tmp_path)
+    write_status(tmp_path, outcome)
+    assert has_ended_well(tmp_path) is well
+    run = Run.__new__(Run)
+    run.folder, run.place, run.start = tmp_path, Place(0, 0, 1, 1), "this start"
+    assert run._claim_stall(Verdict([0], "stalled", "")) is not well
+    assert has_failed(tmp_path, "this start") is not well
 
 
 def test_a_failure_is_told_on_stderr_where_the_disk_is_full(tmp_path, monkeypatch, capsys):

@@ -91,6 +91,10 @@ def test_shipped_recipes_load():
         ("batch.micro_samples=two", r"batch\.micro_samples: .*integer, not 'two'"),
         ("batch.micro_samples=1.5", r"batch\.micro_samples: .*integer, not 1\.5"),
         ("schedule.steps=0", r"schedule\.steps: .*greater than 0, not 0"),
+        (
+            "faults.stall_seconds=600",
+            r"faults: stall_seconds \(600\) must be below collective_timeout_seconds \(600\), which ends the run",
+        ),
         ("schedule.warmup_steps=10", r"warmup_steps \(10\) must be below steps \(10\)"),
         ("precision=fp16", r"precision: .*'bf16' or 'fp32', not 'fp16'"),
         ("parallel.zero=0", r"parallel\.zero: .*1, 2 or 3, not 0"),

@@ -1,0 +1,109 @@
+"""Ranks of a run that are forked from a process with the libraries imported, one of which stops at a definite place."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support.world import ENVIRONMENT
+
+
+@dataclass
+class Ended:
+    """What is left of a run."""
+
+    codes: list[int | None]
+    """Exit code of each rank; None: it had to be killed."""
+    output: str
+    seconds: float
+
+
+def run_ranks(
+    recipe: Path, *overrides: str, trap: Callable[[], None] | None = None, trapped: int = 0, world_size: int = 4,
+    absent: tuple[int, ...] = (), timeout_seconds: float = 80, own: dict[int, tuple[str, ...]] | None = None,
+) -> Ended:  # fmt: skip
+    """Run `launchers/train.py` on each rank, without a launcher that would end the others.
+
+    Args:
+        recipe: its file.
+        overrides: of the recipe.
+        trap: called on the rank `trapped` before it starts.
+        trapped: see there.
+        world_size: processes.
+        absent: ranks that are not started.
+        timeout_seconds: after which all are killed.
+        own: rank -> more overrides.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megacode.train.main", "torch._dynamo", "support.stalling"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = recipe.parent / f"output_{port}.txt"
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT, CUDA_VISIBLE_DEVICES="")  # for the server that forks
+    try:
+        processes = {}
+        for rank in sorted(set(range(world_size)) - set(absent)):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+            environment = {name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()}
+            arguments = [str(recipe), *overrides, *(own or {}).get(rank, ())]
+            mine = trap if rank == trapped else None
+            processes[rank] = context.Process(target=_rank, args=(environment, arguments, str(log), mine))
+            processes[rank].start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    began = time.monotonic()
+    codes: list[int | None] = [None] * world_size
+    for rank, process in processes.items():
+        process.join(max(0.0, began + timeout_seconds - time.monotonic()))
+        codes[rank] = process.exitcode
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return Ended(codes, log.read_text(errors="replace"), time.monotonic() - began)
+
+
+def _rank(environment: dict[str, str], arguments: list[str], log: str, trap: Callable[[], None] | None) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    faulthandler.dump_traceback_later(75, exit=True)
+    import sys
+
+    from megacode.train.main import main
+
+    sys.argv = ["launchers/train.py", *arguments]
+    if trap is not None:
+        trap()
+    code = main(arguments)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def stop_here() -> None:
+    """As a debugger or a scheduler stops a process."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def at_call(owner: Any, name: str, number: int, action: Callable[[], None], when: Callable[..., bool] | None = None):
+    """Do something at the `number`-th call (from 1) of owner.name, or of its calls with arguments that `when` likes."""
+    original, calls = getattr(owner, name), 0
+
+    def trapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += when is None or bool(when(*args, **kwargs))
+        if calls == number:
+            calls += 1
+            action()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, trapped)
