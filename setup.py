@@ -31,7 +31,7 @@ setup(
     ],
     extras_require={
         "gpu": ["triton>=3.6"],
-        "flash": ["flash-attn"],
+        "flash": ["flash-attn>=2.1"],
         "logging": ["wandb", "tensorboard"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton>=3.6", "wandb", "tensorboard"],
     },

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from megacode.errors import UserError
 from megacode.kernels.attention import attention_flash, attention_torch
@@ -57,7 +58,16 @@ def _flash_attn_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it needs a CUDA device and this one is {device.type}"
     if dtype != torch.bfloat16:
         return f"it computes in bfloat16 and this is {str(dtype).removeprefix('torch.')}"
-    return _import_failure("flash_attn", "flash-attn")
+    failure = _import_failure("flash_attn", "flash-attn")
+    if failure is not None:
+        return failure
+    version = str(importlib.import_module("flash_attn").__version__)
+    if Version(version) < Version("2.1"):
+        return (
+            f"{version} is installed and, where there are fewer queries than keys, its causal mask begins at the first "
+            f"key and not at the last (pip install 'flash-attn>=2.1')"
+        )
+    return None
 
 
 def _import_failure(module: str, package: str) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megacode.errors import UserError
 from megacode.model.presets import PRESETS
@@ -138,6 +138,15 @@ class ParallelSection(Section):
     """ZeRO-3: gather each parameter once a step, or for each micro-batch. Left out: step."""
     reduce: Literal["step", "microbatch"] | None = None
     """Reduce gradients once a step, or after each micro-batch. Left out: step under ZeRO-1, else microbatch."""
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _check_stages(cls, stages: Any) -> Any:
+        """Pydantic would name what speaks against each member of the union, under names of its own."""
+        words = isinstance(stages, str) and stages in ("even", "weighed")
+        if words or (isinstance(stages, list) and all(type(count) is int for count in stages)):
+            return stages
+        raise ValueError(f"must be even, weighed, or whole numbers [2, 1, ...], a stage's layers each; not {stages!r}")
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelSection":
@@ -367,6 +376,8 @@ def _one_line(error: ValidationError) -> str:
         message = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(known)}"
     elif first["type"] == "missing":
         message = "is missing; give it a value"
+    elif first["type"] == "model_type":
+        message = f"is a section; give it keys of its own, not {first['input']!r}"
     elif first["type"] not in ("value_error",):
         message = f"{message}, not {first['input']!r}"
     return f"{where}: {message}"

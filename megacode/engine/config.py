@@ -37,6 +37,9 @@ REFUSED = {
 EVERYTHING = 10**13
 """More elements than any rank holds."""
 
+BUCKET_ELEMENTS = 50_000_000
+"""Of a bucket, where the file leaves it to us."""
+
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     """What DeepSpeed is given.
@@ -69,22 +72,19 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         # Kept until the step's last use, or released after each use; `auto` leaves the choice to the recipe.
         reuse = EVERYTHING if parallel.gather_policy == "step" else 0
         _fill(zero, "stage3_max_reuse_distance", reuse)
-        # Of what is released after each use, one block is gathered ahead.
-        live = 2 * _block_elements(recipe) if parallel.gather_policy == "microbatch" else EVERYTHING
+        # Of what is released after each use, one block is gathered ahead: a smaller bucket would leave the rest of the
+        # block to its own use, which would wait for it.
+        block = block_parameters(recipe.model, parallel.tensor)
+        live = 2 * block if parallel.gather_policy == "microbatch" else EVERYTHING
         _fill(zero, "stage3_max_live_parameters", live)
+        _fill(zero, "stage3_prefetch_bucket_size", max(BUCKET_ELEMENTS, block))
         _fill(zero, "stage3_param_persistence_threshold", 0)
-        zero.setdefault("stage3_prefetch_bucket_size", 50_000_000)
         zero.setdefault("memory_efficient_linear", False)  # it would replace F.linear for the whole process
-    zero.setdefault("reduce_bucket_size", 50_000_000)
+    _fill(zero, "reduce_bucket_size", BUCKET_ELEMENTS)
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # its CPU Adam would be compiled at start
     config.setdefault("steps_per_print", None)
     return config
-
-
-def _block_elements(recipe: Recipe) -> int:
-    """Parameters of a block on one tensor rank."""
-    return -(-block_parameters(recipe.model) // recipe.parallel.tensor)
 
 
 def _read(path: str) -> dict[str, Any]:

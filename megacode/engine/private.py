@@ -343,8 +343,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: ProcessGroup) -> No
     total = torch.cat([share.float().flatten() for share in shares])
     dist.all_reduce(total, group=group)
     for parameter, share, value in zip(mine, shares, total.split([s.numel() for s in shares]), strict=True):
-        if hasattr(parameter, "ds_id"):
-            safe_set_local_grad(parameter, value.to(share.dtype))  # offloaded, it counts for the norm anew
+        if _is_offloaded(parameter):
+            safe_set_local_grad(parameter, value.to(share.dtype))  # it counts for the norm anew
         else:
             share.copy_(value.view(share.shape))
 
@@ -354,7 +354,15 @@ def _has_share(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id") or parameter._hp_mapping is not None
 
 
+def _is_offloaded(parameter: Any) -> bool:
+    return hasattr(parameter, "ds_id") and parameter._z3_optimizer.offload_optimizer
+
+
 def _gradient_share(parameter: Any) -> Tensor:
-    if hasattr(parameter, "ds_id"):
+    """This data rank's share of a reduced gradient: DeepSpeed's own tensor, or a copy where it is offloaded."""
+    if _is_offloaded(parameter):
         return safe_get_local_grad(parameter)
+    if hasattr(parameter, "ds_id"):
+        # safe_get_local_grad has the host wait for the stream of reductions, each time; a backward has ended with that.
+        return parameter._z3_optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[parameter.ds_id]
     return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)

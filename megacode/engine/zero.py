@@ -141,7 +141,7 @@ class ZeroEngine:
             doing("reducing gradients")
             with finishing("reduction", "data"):
                 stack.close()
-        if self._partial:
+        if self._tensor_group is not None and self._partial:
             # The sum over the data ranks and that over the tensor ranks commute: this way round it is once a step.
             with communicating("all-reduce", "tensor"):
                 private.sum_gradients(self._partial, self._tensor_group)

@@ -41,7 +41,7 @@ def build_chunks(recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.devic
         if mesh.tensor > 1
         else PlainLayers(device, dtype, recompute)
     )
-    if mesh.context > 1:
+    if mesh.context_group is not None:
         layers.attention = ContextAttention(mesh.context_group, layers.attention)
     num_stages = len(layout.stages)
     return Chunks(

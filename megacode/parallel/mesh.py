@@ -28,9 +28,10 @@ class Mesh:
     context_rank: int
     tensor_rank: int
     data_group: ProcessGroup
-    context_group: ProcessGroup
-    """The ranks that share a sequence."""
-    tensor_group: ProcessGroup
+    context_group: ProcessGroup | None
+    """The ranks that share a sequence; None where it is one rank's."""
+    tensor_group: ProcessGroup | None
+    """The ranks that share each layer; None where it is one rank's."""
     model_group: ProcessGroup
     """pipeline x tensor: the ranks that together hold one replica of the model."""
     control_group: ProcessGroup
@@ -63,7 +64,11 @@ class Mesh:
 
 
 def build_mesh(pipeline: int, data: int, tensor: int, context: int = 1, timeout_seconds: float = 600) -> Mesh:
-    """Make the groups of all axes. Collective: every rank calls it, with the same sizes."""
+    """Make the groups of all axes. Collective: every rank calls it, with the same sizes.
+
+    NCCL makes a group's communicator at once, and all ranks wait for one another at each: groups that nothing is sent
+    in are not made. DeepSpeed asks for those of data and model, of one rank too.
+    """
     world, rank = dist.get_world_size(), dist.get_rank()
     assert pipeline * data * context * tensor == world, "the plan checks the world size before this"
     grid = torch.arange(world).view(pipeline, data, context, tensor)
@@ -99,8 +104,8 @@ def build_mesh(pipeline: int, data: int, tensor: int, context: int = 1, timeout_
     return Mesh(
         rank, pipeline, data, context, tensor, pp, dp, cp, tp,
         data_group=group((0, 3, 1, 2), data * context),
-        context_group=group((0, 1, 3, 2), context),
-        tensor_group=group((0, 1, 2, 3), tensor),
+        context_group=group((0, 1, 3, 2), context) if context > 1 else None,
+        tensor_group=group((0, 1, 2, 3), tensor) if tensor > 1 else None,
         model_group=group((1, 2, 0, 3), pipeline * tensor),
         control_group=everyone if gloo else dist.new_group(backend="gloo", timeout=max(timeout, SLOWEST_WRITER)),
         edges=edges(),

@@ -109,6 +109,7 @@ class TensorLayers(PlainLayers):
         split_sequence: bool = False,
     ) -> None:
         super().__init__(device, dtype, recompute)
+        assert mesh.tensor_group is not None, "one tensor rank is PlainLayers"
         self.group, self.rank, self.ranks = mesh.tensor_group, mesh.tensor_rank, mesh.tensor
         self.split_sequence = split_sequence
         self.exchange = SplitSequence(self.group) if split_sequence else Replicated(self.group)

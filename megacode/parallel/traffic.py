@@ -68,14 +68,15 @@ class Traffic:
         self.calls: list[Call] = []
         world = dist.group.WORLD
         assert world is not None
-        self._axes = {
-            world.group_name: "world",
-            mesh.control_group.group_name: "world",
-            mesh.model_group.group_name: "model",
-            mesh.data_group.group_name: "data",
-            mesh.context_group.group_name: "context",
-            mesh.tensor_group.group_name: "tensor",
-        }
+        axes = (
+            (world, "world"),
+            (mesh.control_group, "world"),
+            (mesh.model_group, "model"),
+            (mesh.data_group, "data"),
+            (mesh.context_group, "context"),
+            (mesh.tensor_group, "tensor"),
+        )
+        self._axes = {group.group_name: axis for group, axis in axes if group is not None}
         # As they stand in the class: read from it, a method of a C++ class is a function that no longer binds `self`.
         self._originals = {name: vars(ProcessGroup)[name] for name in METHODS if name in vars(ProcessGroup)}
 

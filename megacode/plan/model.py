@@ -3,11 +3,14 @@
 from megacode.recipe import ModelSection
 
 
-def block_parameters(model: ModelSection) -> int:
-    """Parameters of one transformer block: q, k, v, o, gate, up, down and two norms."""
+def block_parameters(model: ModelSection, tensor: int = 1) -> int:
+    """Parameters of one transformer block on one of `tensor` ranks.
+
+    They share q, k, v, o, gate, up and down; two norms are whole on each.
+    """
     kv_width = model.kv_heads * model.head_dim
     attention = 2 * model.hidden * model.hidden + 2 * model.hidden * kv_width
-    return attention + 3 * model.hidden * model.ffn + 2 * model.hidden
+    return -(-(attention + 3 * model.hidden * model.ffn) // tensor) + 2 * model.hidden
 
 
 def num_parameters(model: ModelSection) -> int:

@@ -192,7 +192,7 @@ def _llama_moments(w: int, h: int, f: int) -> tuple[Moment, ...]:
     stream, norm = w * h, NORM_BACKWARD * h
     wide = 4 * h if w == 2 else 0  # the norm's fp32 input, where it is a copy
     # Of gate and up: the gathered input and the gradient, each with what it is gathered from or scattered to.
-    around = (1, 2, 4)
+    around = (1, 1, 4)
     return (
         Moment("down", w * f, stream, (0, 0, 1), h * f, kept),
         Moment("swiglu", 2 * w * f, stream, recompute=kept),

@@ -7,6 +7,7 @@ from support.traffic import counted_twice, step_calls, step_fetches, trainer_cal
 from support.training import recipe
 
 from megacode.plan.layout import fit
+from megacode.plan.model import block_parameters
 from megacode.tools.bench.communication import compare_ranks, is_small
 
 LAYOUTS = [
@@ -127,12 +128,25 @@ def test_one_gather_a_parameter_and_step(worlds, reduce, pipeline, virtual):
 
 
 def test_a_small_prefetch_is_ahead_of_use_too(worlds, tmp_path):
-    """Half a block is enough: each module finds its parameters asked for by those before it."""
+    """Half a block is enough for two: each module finds its parameters asked for by those before it."""
     file = with_buckets(tmp_path, stage3_prefetch_bucket_size=4000)
     config = layout_recipe(4, {"pipeline": 2, "zero": 3}, deepspeed_config=file)
     for gathers, late, modules in worlds(4).run(step_fetches, config):
         assert set(gathers) == {1}
         assert late == 0 < modules
+
+
+@pytest.mark.parametrize("gather", ["step", "microbatch"])
+@pytest.mark.parametrize(("blocks", "all_ahead"), [(1, True), (1 / 4, False)])
+def test_a_prefetch_of_a_block_is_ahead_however_many_there_are(worlds, tmp_path, gather, blocks, all_ahead):
+    """The least that the engine fills in; a large block in DeepSpeed's default bucket is like the quarter."""
+    parallel = {"tensor": 2, "zero": 3, "gather": gather}
+    config = layout_recipe(4, parallel, model={"layers": 12})
+    size = int(blocks * block_parameters(config.model, tensor=2))
+    file = with_buckets(tmp_path, stage3_prefetch_bucket_size=size)
+    for _, late, modules in worlds(4).run(step_fetches, config.model_copy(update={"deepspeed_config": file})):
+        assert modules == 12 + 3
+        assert late == 0 if all_ahead else late > 5
 
 
 def test_nothing_is_asked_for_ahead_without_prefetch(worlds, tmp_path):

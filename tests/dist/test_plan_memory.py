@@ -1,11 +1,13 @@
 """The plan's memory against live tensor bytes of our own engine at the peak of a step: within 5 % on every rank."""
 
+import json
+
 import pytest
 from support.memory import live_bytes
 
 from megacode.plan.layout import fit
 from megacode.plan.memory import stage_memory
-from megacode.tools.bench.memory import CASES, TOLERANCE, case_recipe, compare, table
+from megacode.tools.bench.memory import BUCKET_ELEMENTS, CASES, TOLERANCE, case_recipe, compare, table
 
 MORE = [
     (1, "fp32", {"zero": 1}, 1),
@@ -45,6 +47,16 @@ def test_the_plan_knows_the_live_bytes_of_blocks(worlds, tmp_path, case):
     sizes = {"vocabulary": 64, "kv_heads": 4, "ffn": 352 if case[2].get("context", 1) == 1 else 32}
     model, batch = config.model.model_copy(update=sizes), config.batch.model_copy(update={"sequence_length": 1024})
     check(worlds(case[0]), config.model_copy(update={"model": model, "batch": batch}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_the_plan_knows_the_live_bytes_of_whole_blocks_gathered_ahead(worlds, tmp_path, precision, parallel):
+    """As the engine fills it in, for blocks of any size: here the bucket itself is many blocks."""
+    world_size = 4 if parallel else 2
+    config = case_recipe(tmp_path, world_size, precision, {"zero": 3, "gather": "microbatch", **parallel})
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": BUCKET_ELEMENTS}}))
+    check(worlds(world_size), config)
 
 
 def check(world, config):

@@ -170,21 +170,44 @@ def test_a_kernel_that_errs_is_found(dtype):
     def late(q, k, positions, theta):
         return rope_torch(q, k, positions + 1, theta)
 
-    def without_group(q, k, v, cu_seqlens):
-        return attention_torch(q, k.flip(2), v, cu_seqlens)
+    def without_group(q, k, v, *bounds):
+        return attention_torch(q, k.flip(2), v, *bounds)
 
-    def backward_errs(q, k, v, cu_seqlens):
-        return attention_torch(q, k, v + 0.05 * (v - v.detach()), cu_seqlens)
+    def backward_errs(q, k, v, *bounds):
+        return attention_torch(q, k, v + 0.05 * (v - v.detach()), *bounds)
 
     def fails(*arguments):
         raise RuntimeError("no kernel image is available")
 
     for operation, function in [("rope", late), ("attention", without_group), ("attention", backward_errs)]:
-        assert kernels.check_twin(operation, "x", function, CPU, dtype).state == "WRONG"
+        finding = kernels.check_twin(operation, "x", function, CPU, dtype)
+        assert (finding.state, "fails" in finding.text) == ("WRONG", False)
     finding = kernels.check_twin("rope", "x", fails, CPU, dtype)
     assert (finding.state, "no kernel image" in finding.text) == ("WRONG", True)
     nothing = kernels.check_twin("rope", "x", lambda q, k, p, t: (q * torch.nan, k), CPU, dtype)
     assert nothing.state == "WRONG"
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_mask_that_begins_at_the_first_key_is_found(documents):
+    """As flash-attn's below 2.1: right where there are as many queries as keys."""
+
+    def first_keys(x, lengths, lengths_k):
+        parts = x.flatten(0, 1).split(lengths_k)
+        return torch.cat([part[:count] for part, count in zip(parts, lengths, strict=True)])
+
+    def aligned_to_the_first(q, k, v, cu_seqlens, cu_seqlens_k=None):
+        if cu_seqlens is None and not documents:
+            return attention_torch(q, k[:, : q.shape[1]], v[:, : q.shape[1]], None)
+        if cu_seqlens_k is None or not documents:
+            return attention_torch(q, k, v, cu_seqlens, cu_seqlens_k)
+        lengths, lengths_k = cu_seqlens.diff().tolist(), cu_seqlens_k.diff().tolist()
+        k, v = (first_keys(x, lengths, lengths_k)[None] for x in (k, v))
+        return attention_torch(q, k, v, cu_seqlens)
+
+    finding = kernels.check_twin("attention", "x", aligned_to_the_first, CPU, torch.float32)
+    name = "documents with fewer queries than keys" if documents else "fewer queries than keys"
+    assert (finding.state, finding.text.endswith(f"({name})")) == ("WRONG", True)
 
 
 def test_every_operation_has_a_case():
@@ -245,7 +268,7 @@ def test_packing_that_ignores_documents_is_found():
 def test_a_leak_makes_the_command_fail(monkeypatch, tmp_path):
     """The whole command on a machine whose attention ignores bounds: exit code 1, and the file says why."""
     torch_backend = dispatch.TABLE["attention"]["torch"]
-    leaking = dispatch.Backend(torch_backend.refusal, lambda q, k, v, cu_seqlens: attention_torch(q, k, v, None))
+    leaking = dispatch.Backend(torch_backend.refusal, lambda q, k, v, *bounds: attention_torch(q, k, v, None))
     monkeypatch.setitem(dispatch.TABLE["attention"], "torch", leaking)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

@@ -256,6 +256,8 @@ def test_attention_torch_in_bf16_has_softmax_in_fp32(bounds):
 
 # A stand-in for the flash-attn package with its signatures (Dao-AILab/flash-attention, flash_attn_interface.py, 2.x).
 FLASH_ATTN = """
+__version__ = "2.8.3"
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -358,6 +360,19 @@ def test_flash_attn_serves_cuda_in_bf16_only(package):
     assert dispatch.choose("attention", device=CUDA, dtype=torch.bfloat16).function is attention_flash
     choice = dispatch.choose("attention", device=CUDA, dtype=torch.float32)
     assert (choice.name, choice.reason) == ("torch", "not flash_attn: it computes in bfloat16 and this is float32")
+
+
+@pytest.mark.parametrize(("version", "serves"), [("2.0.9", False), ("1.0.9", False), ("2.1.0", True), ("2.10.0", True)])
+def test_flash_attn_that_aligns_masks_to_the_first_key_is_refused(package, version, serves):
+    package({"flash_attn.py": FLASH_ATTN.replace("2.8.3", version)})
+    choice = dispatch.choose("attention", device=CUDA, dtype=torch.bfloat16)
+    assert (choice.name == "flash_attn") == serves
+    if not serves:
+        assert choice.reason.startswith(f"not flash_attn: {version} is installed and, where there are fewer queries")
+        assert choice.reason.endswith("(pip install 'flash-attn>=2.1')")
+        with pytest.raises(UserError, match="its causal mask begins at the first key and not at the last") as error:
+            dispatch.choose("attention", "flash_attn", device=CUDA, dtype=torch.bfloat16)
+        assert "\n" not in str(error.value)
 
 
 def test_flash_attn_that_does_not_load_is_passed_over_aloud(package):

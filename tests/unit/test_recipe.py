@@ -102,6 +102,11 @@ def test_shipped_recipes_load():
         ("parallel.gather=microbatch", r"gather: microbatch needs zero: 3, and zero is 1"),
         ("parallel.reduce=microbatch", r"reduce: microbatch needs zero: 2 or 3"),
         ("parallel.virtual_stages=2", r"virtual_stages above 1 needs pipeline above 1"),
+        ("parallel.stages=[1, 1.5]", r"parallel\.stages: must be even, weighed, or whole numbers .*; not \[1, 1\.5\]"),
+        ("parallel.stages=odd", r"parallel\.stages: must be even, weighed, or whole numbers .*; not 'odd'"),
+        ("parallel.stages=[true]", r"parallel\.stages: must be even, .*; not \[True\]"),
+        ("parallel.stages=[1, 3]", r"parallel: stages names 2 stages and there are pipeline x virtual_stages = 1"),
+        ("parallel=3", r"parallel: is a section; give it keys of its own, not 3"),
         ("batch.sequence_length=4096", r"batch\.sequence_length \(4096\) is beyond model\.max_positions \(2048\)"),
         ("run", "is not key.path=value"),
         ("optimizer.learning_rate=.inf", r"optimizer\.learning_rate: .*finite number"),
@@ -116,6 +121,23 @@ def test_mistakes_name_the_key_and_the_mend(base, override, message):
     with pytest.raises(UserError, match=message) as caught:
         load(base, [override])
     assert "\n" not in str(caught.value)
+
+
+def keys(section=Recipe, path=()):
+    for name, field in section.model_fields.items():
+        nested = isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields")
+        yield from keys(field.annotation, (*path, name)) if nested else [".".join((*path, name))]
+
+
+@pytest.mark.parametrize("key", keys())
+def test_a_value_of_the_wrong_kind_is_told_under_its_key(base, key):
+    for value in ("{x: 1}", "[1, 1.5]"):
+        with pytest.raises(UserError) as caught:
+            load(base, [f"{key}={value}"])
+        where, _, message = str(caught.value).removeprefix(f"{base}: ").partition(": ")
+        # A preset is filled in by its section; a number in a list is told with its place.
+        assert where in (key, f"{key}.1", key.removesuffix(".preset")), str(caught.value)
+        assert "\n" not in message
 
 
 def test_files_that_are_no_recipe(tmp_path, base):

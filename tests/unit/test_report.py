@@ -123,6 +123,34 @@ def test_a_failed_run_with_steps_left_out(tmp_path):
     assert f"{read_run(folder).metrics.last_known['loss']:.4f}" in outline.text
 
 
+STALL = """\
+who     host  process  stands in                            waits for  since
+rank 0  a     runs     receive from rank 2 in start of run  rank 2     300 s
+rank 2  b     runs     reading data of step 7               -          300 s"""
+
+
+def test_a_stall_shows_who_waited_for_whom(tmp_path):
+    said = "stalled for 300 s: rank 2 (host b, process 4711) stands in reading data of step 7; rank 0 waits for it"
+    folder = write_run(tmp_path / "run", steps=6, outcome="failed", message=said)
+    slow = "step 5: rank 2 (host b, process 4711) is slow: 3 s a step without communication"
+    events = [
+        {"unix_time": 1.75e9, "step": 5, "event": "straggler", "text": slow, "host": "b", "rank": 2, "ratio": 1.5},
+        {"unix_time": 1.75e9, "step": 6, "event": "stall", "text": said, "ranks": [2], "table": STALL.splitlines()},
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    page = page_of(folder)
+    outline = Outline(page)
+    assert "straggler 1, stall 1." in outline.text
+    assert slow in outline.text
+    assert outline.text.count(said) == 2  # the outcome and the event
+    assert "ratio" not in outline.text.split("recipe.yaml")[0]
+    assert f'<pre class="columns">{STALL}</pre>' in page  # its columns as they are
+    assert "Who waited for whom, stall of 2025-06-15" in outline.text
+    for name in ("straggler", "stall"):
+        assert outline.all("span", f"event-{name}")
+        assert f".event-{name}" in page
+
+
 def test_one_step(tmp_path):
     outline = Outline(page_of(write_run(tmp_path / "run", steps=1, planned=2, phases=False)))
     assert "Phases of a step: not recorded (logging.phases)." in outline.text
@@ -217,7 +245,8 @@ def test_text_of_the_run_is_never_markup(tmp_path):
     start |= {"device": EVIL, "hosts": {EVIL: 16}, "command": [EVIL], "versions": {EVIL: EVIL}, "checkpoint": EVIL}
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
     event = {"unix_time": EVIL, "step": EVIL, "event": EVIL, "text": EVIL}
-    (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
+    stall = {**event, "event": "stall", "table": [EVIL, {EVIL: EVIL}]}
+    (folder / "events.jsonl").write_text(json.dumps(event) + "\n" + json.dumps(stall) + "\n")
     page = page_of(folder)
     scripts = Outline(page).all("script")
     assert len([script for script in scripts if script.get("type") is None]) == 1

@@ -133,7 +133,17 @@ def events(run: Run) -> str:
         ]
         for event in run.events
     ]
-    return said + table(["time", "step", "event", "what"], rows, (1,))
+    return said + table(["time", "step", "event", "what"], rows, (1,)) + "".join(map(_who_waited, run.events))
+
+
+def _who_waited(event: Mapping[str, Any]) -> str:
+    """Of a stall, what each rank stood in."""
+    lines = event.get("table")
+    if event.get("event") != "stall" or not isinstance(lines, list):
+        return ""
+    heading = f"Who waited for whom, stall of {moment(number(event.get('unix_time')))}"
+    stacks = tag("p", "The ranks' Python stacks are in ", tag("code", "stacks/"), " of the run folder.")
+    return tag("h3", escape(heading)) + tag("pre", escape("\n".join(map(plain, lines))), class_="columns") + stacks
 
 
 def _event_text(event: Mapping[str, Any]) -> str:

@@ -74,10 +74,11 @@ th, td { text-align: left; vertical-align: top; padding: 5px 10px; border: 1px s
   border-width: 1px 0; overflow-wrap: anywhere; }
 th { font-weight: 600; } thead th { font-size: 13px; color: var(--soft); }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } tbody th { width: 180px; }
-.event-failure, .event-out_of_memory { color: var(--bad); } .event-skip, .event-stop { color: var(--wait); }
+.event-failure, .event-out_of_memory, .event-stall { color: var(--bad); white-space: nowrap; }
+.event-skip, .event-stop, .event-straggler { color: var(--wait); white-space: nowrap; }
 code, pre { font: 13px/1.45 "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; background: var(--sheet); border: 1px solid var(--rule); padding: 12px 16px;
-  margin: 8px 0; }
+  margin: 8px 0; } pre.columns { white-space: pre; overflow-x: auto; }
 time { white-space: nowrap; }
 summary { cursor: pointer; color: var(--link); }
 footer { margin-top: 44px; padding-bottom: 40px; font-size: 13px; color: var(--soft); }

@@ -1,0 +1,61 @@
+"""What DeepSpeed is given where its file leaves sizes to us."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.training import recipe
+
+from megacode.engine.config import deepspeed_config
+from megacode.model.layers import PlainLayers
+from megacode.model.llama import Block
+from megacode.recipe import ModelSection
+
+ROOT = Path(__file__).parents[2]
+FILES = [None, *sorted((ROOT / "ds_configs").glob("zero3*.json"))]
+
+
+def zero_section(model, file=None, **parallel):
+    """zero_optimization as DeepSpeed gets it."""
+    config = recipe(parallel={"zero": 3, **parallel}, deepspeed_config=None if file is None else str(file))
+    return deepspeed_config(config.model_copy(update={"model": model}))["zero_optimization"]
+
+
+def block_on_a_rank(model, tensor):
+    """Elements that ZeRO-3 gathers for a block, counted on the block itself."""
+    with torch.device("meta"):
+        parameters = list(Block(model, PlainLayers()).parameters())
+    return sum(p.numel() // tensor if p.ndim == 2 else p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 8])
+@pytest.mark.parametrize("preset", ["code-llama-7b", "code-llama-34b", "nano"])
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file and file.name)
+def test_a_whole_block_is_gathered_ahead_and_no_more_where_each_use_gathers(file, preset, tensor):
+    model = ModelSection(preset=preset)
+    block = block_on_a_rank(model, tensor)
+    zero = zero_section(model, file, tensor=tensor, gather="microbatch")
+    live, ahead = zero["stage3_max_live_parameters"], zero["stage3_prefetch_bucket_size"]
+    # DeepSpeed gathers up to the bucket, as far as what is there (the block that runs) leaves room for it.
+    assert min(live - block, ahead) == block
+
+
+def test_a_block_larger_than_a_bucket_is_gathered_ahead_whole_in_every_policy():
+    model = ModelSection(preset="code-llama-7b")
+    assert zero_section(model)["stage3_prefetch_bucket_size"] == block_on_a_rank(model, 1) == 202_383_360
+    assert zero_section(model, tensor=8)["stage3_prefetch_bucket_size"] == 50_000_000
+
+
+def test_sizes_in_the_file_count(tmp_path):
+    file = tmp_path / "deepspeed.json"
+    sizes = {"reduce_bucket_size": 5, "stage3_prefetch_bucket_size": 7, "stage3_max_live_parameters": 11}
+    file.write_text(json.dumps({"zero_optimization": sizes}))
+    assert sizes.items() <= zero_section(ModelSection(preset="nano"), file, gather="microbatch").items()
+
+
+def test_no_auto_is_left_for_deepspeed(tmp_path):
+    file = tmp_path / "deepspeed.json"
+    keys = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters")
+    file.write_text(json.dumps({"zero_optimization": dict.fromkeys(keys, "auto")}))
+    assert "auto" not in zero_section(ModelSection(preset="nano"), file).values()
