@@ -367,7 +367,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _one_line(error: ValidationError) -> str:
     """The first mistake of a pydantic error, with the key's path and, for an unknown key, the nearest known one."""
-    first = error.errors()[0]
+    first, *others = error.errors()
     where = ".".join(str(part) for part in first["loc"]) or "recipe"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
@@ -375,7 +375,9 @@ def _one_line(error: ValidationError) -> str:
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         message = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(known)}"
     elif first["type"] == "missing":
-        message = "is missing; give it a value"
+        missing = [".".join(map(str, each["loc"])) for each in others if each["type"] == "missing"]
+        message = f"is missing{', so are ' + ', '.join(missing) if missing else ''}; give "
+        message += "each a value" if missing else "it a value"
     elif first["type"] == "model_type":
         message = f"is a section; give it keys of its own, not {first['input']!r}"
     elif first["type"] not in ("value_error",):

@@ -154,5 +154,5 @@ def test_files_that_are_no_recipe(tmp_path, base):
             load(base)
     values = {"run": "x"}
     base.write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError, match="model: is missing"):
+    with pytest.raises(UserError, match=r"model: is missing, so are tokenizer, .*schedule.*; give each a value"):
         load(base)

@@ -226,8 +226,17 @@ def test_a_layout_that_no_run_can_have_is_not_known(tmp_path, change):
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(UserError, match=r"has no metrics\.jsonl; name a run folder"):
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl and no status\.json; name a run folder"):
         report(tmp_path)
+
+
+def test_a_run_that_stalled_before_its_first_step(tmp_path):
+    folder = write_run(tmp_path / "run", steps=1, outcome="failed", message="stalled for 300 s: rank 1 is stopped")
+    for name in ("metrics.jsonl", "starts.jsonl"):
+        (folder / name).unlink()
+    text = Outline(page_of(folder)).text
+    assert "metrics.jsonl is missing: there are no curves" in text
+    assert "stalled for 300 s: rank 1 is stopped" in text
 
 
 def test_an_output_that_can_not_be_written(tmp_path):

@@ -138,15 +138,13 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: it holds no run.
     """
-    if not (folder / "metrics.jsonl").is_file():
-        raise UserError(
-            f"{folder} has no metrics.jsonl; name a run folder (`run` of the recipe) whose run has made its first step"
-        )
+    if not any((folder / name).is_file() for name in ("metrics.jsonl", "status.json")):
+        raise UserError(f"{folder} has no metrics.jsonl and no status.json; name a run folder (`run` of the recipe)")
     notices: list[str] = []
     metrics = Metrics()
-    for line in json_lines(folder / "metrics.jsonl", notices):
+    for line in json_lines(folder / "metrics.jsonl", notices, "there are no curves"):
         metrics.add(line)
-    if not metrics.num_steps:
+    if not metrics.num_steps and (folder / "metrics.jsonl").is_file():
         notices.append("metrics.jsonl holds no step yet: there are no curves")
     starts = list(json_lines(folder / "starts.jsonl", notices, "layout, schedule and environment are not known"))
     events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
