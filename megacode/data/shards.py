@@ -129,6 +129,7 @@ class Shards:
         prefix: As given.
         num_documents, num_tokens: Counts.
         tokenizer_sha256, vocabulary: Of the tokenizer that made the shard; None where there is no PREFIX.json.
+        bin_sha256: Of PREFIX.bin when it was written; None where there is no PREFIX.json.
 
     Raises:
         UserError: a file is missing, truncated, of another format, or does not fit the other one.
@@ -149,6 +150,7 @@ class Shards:
         self._facts = self._read_facts()
         self.tokenizer_sha256: str | None = self._facts.get("tokenizer_sha256") or None
         self.vocabulary: int | None = self._facts.get("vocabulary")
+        self.bin_sha256: str | None = self._facts.get("bin_sha256")
 
     def document(self, index: int) -> IntArray:
         """Ids of a document, framing included: [tokens]."""

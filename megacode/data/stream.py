@@ -62,7 +62,7 @@ class TrainStream:
         self.windows = Windows(shards.num_tokens, sequence_length, seed)
         self.sources = (shards.prefix.name,)
         self.counts: Counter[str] = Counter()
-        self._shards = shards
+        self.shards = shards
         self._tokenizer = tokenizer
         self._infilling_rate = infilling_rate
         self._suffix_first_rate = suffix_first_rate
@@ -81,8 +81,8 @@ class TrainStream:
         """The pieces of the sample that starts at a token of the corpus: sequence_length + 1 tokens in all."""
         room = self.windows.sequence_length + 1
         pieces: list[Piece] = []
-        for document, low, high in _overlaps(self._shards, start, self._shards.num_tokens):
-            piece = _piece(self._shards, low, max(low, start), min(high, max(low, start) + room))
+        for document, low, high in _overlaps(self.shards, start, self.shards.num_tokens):
+            piece = _piece(self.shards, low, max(low, start), min(high, max(low, start) + room))
             if low >= start and high - low <= room and (ids := self._infilled(document, epoch)) is not None:
                 fits = len(ids) <= room
                 self.counts["infilled" if fits else "unfitting"] += 1
@@ -92,7 +92,7 @@ class TrainStream:
             if not room:
                 return pieces
         # Documents got shorter, which is rare, and the corpus is at its end: there is nothing to go on with.
-        return _plain(self._shards, start, start + self.windows.sequence_length + 1)
+        return _plain(self.shards, start, start + self.windows.sequence_length + 1)
 
     def _infilled(self, document: int, epoch: int) -> Int64Array | None:
         """The infilling document that an uncut document becomes; None where it stays plain."""
@@ -100,7 +100,7 @@ class TrainStream:
         seed, tokenizer = self.windows.seed, self._tokenizer
         if not chance(draw(seed, epoch, Purpose.WHETHER_TO_INFILL, document, 1)[0], self._infilling_rate):
             return None
-        ids = self._shards.document(document).tolist()
+        ids = self.shards.document(document).tolist()
         text = tokenizer.decode(ids[1:-1])
         if not text or [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] != ids:
             self.counts["irreversible"] += 1
@@ -126,15 +126,15 @@ class ValidationStream:
         if shards.num_tokens < 2:
             raise UserError(f"the validation shard {shards.prefix} has no token to predict; prepare one with documents")
         self.num_samples = -(-(shards.num_tokens - 1) // sequence_length)
-        self._shards = shards
+        self.shards = shards
         self._sequence_length = sequence_length
         self._document_masks = document_masks
 
     def sample(self, number: int) -> Sample:
         """Sample `number`. Labels past the corpus's end are IGNORE; past num_samples all of them are."""
-        start = min(number * self._sequence_length, self._shards.num_tokens)
-        stop = min(start + self._sequence_length + 1, self._shards.num_tokens)
-        pieces = _plain(self._shards, start, stop)
+        start = min(number * self._sequence_length, self.shards.num_tokens)
+        stop = min(start + self._sequence_length + 1, self.shards.num_tokens)
+        pieces = _plain(self.shards, start, stop)
         padding = self._sequence_length + 1 - (stop - start)
         pieces.append(Piece(np.zeros(padding, np.int64), starts=False))
         sample = join(pieces, self._sequence_length, self._document_masks)

@@ -7,7 +7,8 @@ DeepSpeed 0.19.8: `check_version` refuses another, since a name that moved would
 import os
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megacode.errors import UserError
-from megacode.parallel.heartbeat import communicating, finishing
+from megacode.parallel.heartbeat import awaiting_device, communicating, finishing
 from megacode.parallel.mesh import Mesh
 
 VERSION = "0.19.8"
@@ -157,7 +158,7 @@ def validation_trace(zero: Any) -> Any:
             allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
             inflight_param_registry=offload._DeepSpeedZeRoOffload__inflight_param_registry,
         )
-        _mark(offload.megacode_validation_coordinator, "fetch_sub_module", "all-gather")
+        _mark(offload.megacode_validation_coordinator, "fetch_sub_module", partial(finishing, "all-gather", "data"))
     offload.param_coordinator = offload.megacode_validation_coordinator
     try:
         start_trace(zero)
@@ -196,17 +197,20 @@ class DeviceSkip:
 def mark_communication(zero: Any) -> None:
     """Say when a rank stands in DeepSpeed's gathers and reductions, whose single calls may only start them."""
     if hasattr(zero, "parameter_offload"):
-        _mark(zero.parameter_offload.get_param_coordinator(), "fetch_sub_module", "all-gather")
-        _mark(zero, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads", "reduce-scatter")
+        gather = zero.parameter_offload.get_param_coordinator()
+        _mark(gather, "fetch_sub_module", partial(finishing, "all-gather", "data"))
+        reduce = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
+        _mark(zero, reduce, partial(finishing, "reduce-scatter", "data"))
     else:
-        _mark(zero, "reduce_ipg_grads", "reduction")
+        _mark(zero, "reduce_ipg_grads", partial(finishing, "reduction", "data"))
+    _mark(zero, "independent_gradient_partition_epilogue", awaiting_device)  # after each reduction, on a GPU
 
 
-def _mark(owner: Any, name: str, kind: str) -> None:
+def _mark(owner: Any, name: str, mark: Callable[[], AbstractContextManager[None]]) -> None:
     original = getattr(owner, name)
 
     def marked(*args: Any, **kwargs: Any) -> Any:
-        with finishing(kind, "data"):
+        with mark():
             return original(*args, **kwargs)
 
     setattr(owner, name, marked)

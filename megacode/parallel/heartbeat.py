@@ -20,6 +20,8 @@ AXES = ("tensor", "context", "data", "model", "world")
 """Groups of ranks in which collectives are counted; `data` is data x context, `model` pipeline x tensor (see Mesh)."""
 PARTS = (*PHASES, "other")
 """What `Recorder.take` tells apart."""
+DEVICE_WAIT = "wait for the device"
+"""The kind of what `awaiting_device` marks."""
 
 _IDENTITY = struct.Struct("<IIQ64s")
 _BEAT = struct.Struct("<Q")
@@ -84,6 +86,7 @@ class Heartbeat:
         try:
             os.posix_fallocate(descriptor, 0, _SIZE)  # a page that can't be had later is a SIGBUS
             self._memory = mmap.mmap(descriptor, _SIZE)
+            self._inode = os.fstat(descriptor).st_ino
         finally:
             os.close(descriptor)
         _IDENTITY.pack_into(self._memory, 0, rank, pid, started, host.encode())
@@ -100,6 +103,12 @@ class Heartbeat:
             self._memory, _MARK_AT, self._changes, time.time(), self.step, self._patient, self._state, self._kind,
             self._axis, self._peer, *self._entered,
         )  # fmt: skip
+
+    def unlink(self) -> None:
+        """Take the file away, unless a later start has put its own there."""
+        with suppress(OSError):
+            if self.path.stat().st_ino == self._inode:
+                self.path.unlink()
 
     def beat(self) -> None:
         """The process runs."""
@@ -170,8 +179,7 @@ def end() -> None:
     """Keep it no more."""
     global _heartbeat
     if _heartbeat is not None:
-        with suppress(OSError):
-            _heartbeat.path.unlink()
+        _heartbeat.unlink()
     _heartbeat = None
 
 
@@ -233,6 +241,11 @@ def finishing(kind: str, axis: str) -> AbstractContextManager[None]:
     """As `communicating`, for collectives of an axis that have been entered before or will be within."""
     phase = measure("communication")
     return phase if _heartbeat is None else _Wait(_heartbeat, (kind, axis, -1, False), phase)
+
+
+def awaiting_device() -> AbstractContextManager[None]:
+    """Within, the host waits for what it has enqueued: for other ranks perhaps, nobody knows for which."""
+    return nullcontext() if _heartbeat is None else _Wait(_heartbeat, (DEVICE_WAIT, "", -1, False), nullcontext())
 
 
 def waiting(kind: str, axis: str) -> AbstractContextManager[None]:

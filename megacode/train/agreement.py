@@ -1,17 +1,16 @@
 """What must be the same on all ranks, compared before it can do harm: hosts may have been given different files."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
+from megacode.data.shards import Shards
 from megacode.engine.config import deepspeed_config
 from megacode.engine.zero import local_shape
 from megacode.errors import UserError
@@ -25,22 +24,23 @@ from megacode.train.verdict import spans
 ABSENT = "absent"
 
 
-def compare_starts(recipe: Recipe, layout: Layout, device: torch.device, num_tokens: int) -> None:
+def compare_starts(recipe: Recipe, layout: Layout, shards: Mapping[str, Shards]) -> None:
     """Compare recipes, layouts, versions and what the recipe's files hold. Collective over all ranks, before any mesh.
 
     Args:
-        num_tokens: of the training corpus.
+        shards: key of the recipe -> what it names.
 
     Raises:
         UserError: on every rank; names the first key that differs, and the ranks that have each value.
     """
     tokenizer = Path(recipe.tokenizer.path).read_bytes()
     facts: dict[str, Any] = {f"the version of {name}": version for name, version in package_versions().items()}
-    facts["the kind of device"] = device.type
     facts |= _flat(recipe.model_dump(mode="json"))
     facts |= _flat({"the DeepSpeed configuration": deepspeed_config(recipe)})
     facts["the sha256 of tokenizer.path"] = hashlib.sha256(tokenizer).hexdigest()[:12]
-    facts["the number of tokens of data.train"] = num_tokens
+    for key, each in shards.items():
+        facts[f"the number of tokens of {key}"] = each.num_tokens
+        facts[f"the sha256 of {key}"] = each.bin_sha256 and each.bin_sha256[:12]
     facts |= _flat({"the layout": {**asdict(layout), "stages": [len(stage) for stage in layout.stages]}})
     text = _compare(facts, group=0)
     if text is not None:
@@ -54,6 +54,7 @@ def compare_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> No
         UserError: on every rank; as `compare_starts`.
     """
     facts = {name: f"{tuple(local_shape(each))} {each.dtype}" for name, each in parameters.items()}
+    facts["the order of parameters"] = hashlib.sha256("\n".join(parameters).encode()).hexdigest()[:12]
     text = _compare(facts, group=mesh.pipeline_rank * mesh.tensor + mesh.tensor_rank)
     if text is not None:
         raise UserError(f"{text} of its data ranks; install the same megacode on all hosts")
@@ -61,7 +62,8 @@ def compare_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> No
 
 def _compare(facts: dict[str, Any], group: int) -> str | None:
     """What differs among the ranks that name the same group, if anything; the same answer on every rank."""
-    digest = hashlib.sha256(json.dumps(list(facts.items()), default=str).encode()).hexdigest()
+    lines = sorted(f"{key}: {value}" for key, value in facts.items())
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     digests: list[tuple[int, str]] = _gather((group, digest))
     if len(set(digests)) == len({number for number, _ in digests}):
         return None

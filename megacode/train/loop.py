@@ -21,7 +21,7 @@ from megacode.engine.zero import ZeroEngine
 from megacode.model.layers import IGNORE, part_of
 from megacode.parallel import heartbeat
 from megacode.parallel.context import own_part
-from megacode.parallel.heartbeat import communicating, doing, waiting
+from megacode.parallel.heartbeat import awaiting_device, communicating, doing
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.phases import Recorder, measure
 from megacode.parallel.pipeline import MicroBatch
@@ -114,7 +114,7 @@ class Trainer:
         with measure("optimizer"):
             norm, skipped = self.engine.update(rate, totals[:groups].sum() / num_valid)
             # The step's one wait for the device.
-            with waiting("wait for the device", "world"):
+            with awaiting_device():
                 values = torch.cat([part.double().flatten() for part in (totals, counts, norm, skipped)]).tolist()
         loss_sums, flags = values[:groups], values[groups : len(totals)]
         label_counts, (norm_value, skip) = values[len(totals) : -2], values[-2:]
@@ -192,8 +192,9 @@ class Trainer:
         with communicating("all-reduce", "world"):
             dist.all_reduce(sums)
         if self.journal is not None:
-            num_valid = int(counts.sum())
-            mean = float(sums.sum()) / self.mesh.tensor / num_valid
+            with awaiting_device():
+                num_valid, total = int(counts.sum()), float(sums.sum())
+            mean = total / self.mesh.tensor / num_valid
             line = {"step": self.progress.step, "validation_loss": mean, "validation_tokens": num_valid}
             self.journal.metrics(line)
 

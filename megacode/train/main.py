@@ -35,13 +35,12 @@ from megacode.train.journal import Journal
 from megacode.train.launch import Place, find_device, find_place, start_process_group
 from megacode.train.loop import Trainer
 from megacode.train.out_of_memory import explain_out_of_memory, is_out_of_memory
-from megacode.train.stall import StallWatch
+from megacode.train.stall import EXIT_STALLED, StallWatch
 from megacode.train.straggler import Stragglers
 from megacode.train.trackers import check_trackers, open_trackers
 from megacode.train.verdict import Seen, Verdict
 
-UNKNOWN_START = "before the ranks know each other"
-TELLING_SECONDS = 2.0
+TELLING_SECONDS = 10.0
 """How long a verdict on a stall may take to be written once the run is known to have failed."""
 
 
@@ -66,6 +65,7 @@ def main(arguments: list[str]) -> int:
         start.check_run_folder(config, streams[0].windows.num_tokens)
         start.check_disk(config)
         _make_run_folder(Path(config.run), place)
+        run.begun = place.rank == 0
     except UserError as error:
         if run is not None:
             run.stall.stop()
@@ -87,12 +87,14 @@ class Run:
         self.watch: PeerWatch | None = None
         self.trainer: Trainer | None = None
         self.hosts: list[str] = []
-        self.start = UNKNOWN_START
+        self.start = "before the ranks know each other"
+        self.begun = False
+        """Whether status.json is this start's."""
         self._telling = threading.Lock()
         self.requests = Requests(self.folder, looks=place.rank == 0)
         self.stragglers = Stragglers(layout)
         self.stall = StallWatch(
-            self.folder, faults.this_process(place.rank), place.local_rank, layout, recipe.faults.stall_seconds,
+            self.folder, faults.this_process(place.rank), layout, recipe.faults.stall_seconds,
             self._claim_stall, self._tell_stall, self._look_for_stragglers,
         )  # fmt: skip
         self.stall.start()
@@ -104,8 +106,11 @@ class Run:
             doing("starting the process group")
             with waiting("rendezvous", "world"):
                 start_process_group(self.place, self.device, timeout_seconds)
+            self.begun = True  # rank 0 has
             layout = self.layout
-            compare_starts(self.recipe, layout, self.device, streams[0].windows.num_tokens)
+            keys = ("data.train", "data.valid")
+            shards = {key: each.shards for key, each in zip(keys, streams, strict=True) if each is not None}
+            compare_starts(self.recipe, layout, shards)
             with waiting("making of groups", "world"):
                 mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, layout.context, timeout_seconds)
             self._watch_peers(mesh)
@@ -120,8 +125,9 @@ class Run:
             trainer.finish(stopped)
             with waiting("barrier", "world"):
                 dist.barrier(group=mesh.control_group)
-            self.stall.stop()
+            doing("leaving the process group")
             dist.destroy_process_group()
+            self.stall.stop()
         except (Exception, KeyboardInterrupt) as error:
             self._fail(error)
         return 0 if stopped is None else EXIT_STOPPED
@@ -165,6 +171,7 @@ class Run:
 
     def _announce(self, step: int, newest: Path | None, facts: dict[str, Any]) -> None:
         """Rank 0 opens the run's files and says what starts."""
+        doing("opening the run's files")
         steps = self.recipe.schedule.steps
         print(f"{'resuming from ' + str(newest) if newest else 'starting'} at step {step}", flush=True)
         if step >= steps:
@@ -214,27 +221,31 @@ class Run:
             self.stall.clear()
             os._exit(1)
 
-    def _claim_stall(self, verdict: Verdict) -> bool:
-        """Called in a thread of one rank: no rank goes on. False where the run has ended otherwise."""
+    def _claim_stall(self, verdict: Verdict) -> int:
+        """Called in a thread of one rank: no rank goes on. The exit code of all: another than that of a stall where the
+        run has ended or failed otherwise.
+        """
         with suppress(OSError):
-            if self.start != UNKNOWN_START and metrics.has_ended_well(self.folder):
-                return False
-            if self.place.rank != 0 and self.start == UNKNOWN_START:
-                metrics.begin_status(self.folder)  # rank 0 may not have: what is there is of an earlier start
+            if not self.begun:
+                metrics.begin_status(self.folder)  # what is there is of an earlier start
+            outcome = metrics.read_outcome(self.folder)
+            if outcome in ("finished", "stopped"):
+                return 0 if outcome == "finished" else EXIT_STOPPED
             newest, culprit = store.newest(self.folder), verdict.culprits[0]
-            return metrics.fail_status(self.folder, culprit, verdict.conclusion, newest, self.start)
-        return True
+            if not metrics.fail_status(self.folder, culprit, verdict.conclusion, newest, self.start):
+                return 1
+        return EXIT_STALLED
 
     def _tell_stall(self, verdict: Verdict) -> None:
         """Called in a thread, when all ranks have been told to end."""
         with self._telling:
             print(f"{verdict.table}\n{verdict.conclusion}", file=sys.stderr, flush=True)
             print(f"stacks of all ranks: {self.folder}/stacks", file=sys.stderr, flush=True)
-            if self.journal is not None:
-                self.journal.close()
             with suppress(OSError):
                 culprits, table = verdict.culprits, verdict.table.splitlines()
                 metrics.append_event(self.folder, "stall", self.step, verdict.conclusion, ranks=culprits, table=table)
+            if self.journal is not None:
+                self.journal.close()
 
     def _look_for_stragglers(self, seen: Mapping[int, Seen]) -> None:
         """Called in a thread, again and again."""
@@ -247,7 +258,8 @@ class Run:
             f"{found.seconds:.3g} s a step without communication, {found.ratio:.2f} times the median of its stage's "
             f"ranks, most in {found.phase} ({found.phase_seconds:.3g} s, median {found.phase_median:.3g} s)"
         )
-        self.journal.event("straggler", record.step, text, host=record.host, **asdict(found))
+        with suppress(Exception):  # what the journal's thread has come across is raised in the main thread
+            self.journal.event("straggler", record.step, text, host=record.host, **asdict(found))
 
     def _tell(self, message: str, trace: str | None, event: str = "failure") -> None:
         """Say why the run fails, in status.json and on stderr, unless another rank has: this follows from it then."""

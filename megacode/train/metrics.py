@@ -162,13 +162,13 @@ def fail_status(run: Path, rank: int, message: str, checkpoint: Path | None, sta
     return True
 
 
-def has_ended_well(run: Path) -> bool:
-    """Whether status.json says that the run is finished or was stopped when asked; once begun, of this start."""
+def read_outcome(run: Path) -> str | None:
+    """The outcome that status.json tells; None where there is none."""
     try:
         outcome: str = json.loads((run / "status.json").read_text(encoding="utf-8"))["outcome"]
     except (OSError, ValueError, KeyError):
-        return False
-    return outcome in ("finished", "stopped")
+        return None
+    return outcome
 
 
 def has_failed(run: Path, start: str) -> bool:

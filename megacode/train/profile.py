@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megacode.parallel.heartbeat import doing
 from megacode.recipe import Recipe
 
 
@@ -16,4 +17,5 @@ def profiled(recipe: Recipe, rank: int, step: int) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
         yield
+    doing("writing a profile", patient=True)
     profiler.export_chrome_trace(str(folder / f"step_{step:08d}_rank_{rank:05d}.json.gz"))

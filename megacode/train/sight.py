@@ -91,6 +91,7 @@ class Others:
         self.folder, self.patience_seconds = run / "heartbeats", 30 + 6 * period_seconds
         self._ages = Ages()
         self._left_over: dict[Path, bytes] | None = None
+        self._last: dict[Path, tuple[bytes, list[tuple[Record, Process]]]] = {}
 
     def publish(self, rank: int, machine: Sight) -> None:
         """Write what this machine's ranks do.
@@ -104,25 +105,26 @@ class Others:
 
     def look(self) -> Sight:
         """All ranks that some machine has told of since this process first looked."""
-        texts: dict[Path, bytes] = {}
         for path in self.folder.glob("rank_*.json"):
-            with suppress(OSError):
-                texts[path] = path.read_bytes()
+            with suppress(OSError, ValueError, TypeError, KeyError):  # half written: what it said before counts
+                text = path.read_bytes()
+                self._last[path] = (text, [_read_line(line) for line in json.loads(text)])
         if self._left_over is None:
-            self._left_over = dict(texts)
+            self._left_over = {path: text for path, (text, _) in self._last.items()}
         seen: dict[int, tuple[float, Record, Process]] = {}
-        for path, text in texts.items():
+        for path, (text, lines) in self._last.items():
             age = self._ages.seconds(path, text)
             if self._left_over.get(path) == text:
                 continue
             self._left_over.pop(path, None)
-            with suppress(ValueError, TypeError, KeyError):  # half written
-                for line in json.loads(text):
-                    process: Process = "unheard" if age > self.patience_seconds else line["process"]
-                    record = Record(**{key: value for key, value in line.items() if key != "process"})
-                    if record.rank not in seen or age < seen[record.rank][0]:
-                        seen[record.rank] = (age, record, process)
+            for record, process in lines:
+                if record.rank not in seen or age < seen[record.rank][0]:
+                    seen[record.rank] = (age, record, "unheard" if age > self.patience_seconds else process)
         return {rank: (record, process) for rank, (_, record, process) in seen.items()}
+
+
+def _read_line(line: dict[str, Any]) -> tuple[Record, Process]:
+    return Record(**{key: value for key, value in line.items() if key != "process"}), line["process"]
 
 
 def _file(folder: Path, rank: int) -> Path:

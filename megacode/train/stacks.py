@@ -3,6 +3,7 @@
 import ctypes
 import faulthandler
 import os
+import platform
 import signal
 import time
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from pathlib import Path
 from megacode.parallel.heartbeat import Record
 from megacode.train.faults import Peer
 
+TGKILL = {"x86_64": 234, "aarch64": 131}
+"""Number of the system call; glibc has a function for it since 2.30 only."""
 WAKE_SECONDS = 3.0
 """How long ranks that were stopped or held have to tell of themselves."""
 
@@ -32,16 +35,19 @@ class Stacks:
     def __init__(self, run: Path, shared: Path, me: Peer) -> None:
         self.folder, self.shared, self.me = run / "stacks", shared, me
         self._woken = self._woken_file(me.rank).open("wb", buffering=0)
-        faulthandler.register(signal.SIGCONT, file=self._woken, all_threads=True)
+        # The main thread's alone: Python may crash where a handler walks the frames of threads that run.
+        faulthandler.register(signal.SIGCONT, file=self._woken, all_threads=False)
 
     def close(self) -> None:
         """Let SIGCONT be what it was."""
         faulthandler.unregister(signal.SIGCONT)
 
     def clear(self) -> None:
-        """Take away what was kept in shared memory."""
+        """Take away what was kept in shared memory, unless a later start has put its own there."""
+        path = self._woken_file(self.me.rank)
         with suppress(OSError):
-            self._woken_file(self.me.rank).unlink()
+            if path.stat().st_ino == os.fstat(self._woken.fileno()).st_ino:
+                path.unlink()
 
     def forget(self) -> None:
         """Nobody will ask what this process was at when it was last woken."""
@@ -49,9 +55,11 @@ class Stacks:
         self._woken.truncate()
 
     def write(self) -> None:
-        """The stacks of this process's threads: as they were when it was woken, if it was, and as they are."""
+        """The stacks of this process: of its main thread when it was woken, if it was, and of all threads now. Once."""
+        path = self._file(self.me.rank, self.me.pid, self.me.started or 0)
+        if path.exists():
+            return
         time.sleep(0.1)  # the signal that woke this process may not have reached the main thread
-        path = self._file(self.me.rank, self.me.pid)
         temporary = path.with_suffix(".tmp")
         self.folder.mkdir(exist_ok=True)
         with temporary.open("w", encoding="utf-8") as file:
@@ -62,15 +70,15 @@ class Stacks:
             faulthandler.dump_traceback(file, all_threads=True)
         os.replace(temporary, path)
 
-    def wait(self, processes: Iterable[tuple[int, int]], asleep: Iterable[Record], seconds: float) -> None:
+    def wait(self, processes: Iterable[tuple[int, int, int]], asleep: Iterable[Record], seconds: float) -> None:
         """Wait until the stacks of some processes stand in the run folder, some seconds at most.
 
         Args:
-            processes: whom to wait for; rank and process id.
+            processes: whom to wait for; rank, process id and start.
             asleep: ranks of this machine to wake; what one that can't write itself has left is written for it.
             seconds: how long.
         """
-        by_process = {(record.rank, record.pid): record for record in asleep}
+        by_process = {(record.rank, record.pid, record.started): record for record in asleep}
         for record in by_process.values():
             _wake(record.pid)
         began, left = time.monotonic(), set(processes)
@@ -86,10 +94,12 @@ class Stacks:
             woken = self._woken_file(record.rank).read_text(encoding="utf-8", errors="replace")
             if woken:
                 head = _head(record.rank, record.host, record.pid)
-                self._file(record.rank, record.pid).write_text(f"{head}When it was woken:\n{woken}", encoding="utf-8")
+                path = self._file(record.rank, record.pid, record.started)
+                path.write_text(f"{head}When it was woken:\n{woken}", encoding="utf-8")
 
-    def _file(self, rank: int, pid: int) -> Path:
-        return self.folder / f"rank_{rank:05d}_process_{pid}.txt"  # what an earlier start left stays
+    def _file(self, rank: int, pid: int, started: int) -> Path:
+        # What an earlier start left stays, and must not be taken for this one's: in containers process ids come again.
+        return self.folder / f"rank_{rank:05d}_process_{pid}_{started}.txt"
 
     def _woken_file(self, rank: int) -> Path:
         return self.shared / f"woken_{rank:05d}.txt"
@@ -99,7 +109,11 @@ def _wake(pid: int) -> None:
     """Send SIGCONT to a process's main thread: any thread may handle what is sent to the process, the main one going on
     meanwhile.
     """
-    ctypes.CDLL(None).tgkill(pid, pid, int(signal.SIGCONT))
+    if (tgkill := TGKILL.get(platform.machine())) is not None:
+        ctypes.CDLL(None).syscall(tgkill, pid, pid, int(signal.SIGCONT))
+    else:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def _head(rank: int, host: str, pid: int) -> str:

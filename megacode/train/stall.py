@@ -1,23 +1,25 @@
 """Ends a run that stands still, with a word on who is to blame and the stacks of all ranks.
 
 Each rank has a thread that counts its heartbeat, and looks whether a verdict was given. The thread of the lowest rank
-that runs on rank 0's machine, rank 0 as a rule, gives it.
+that runs, rank 0 as a rule, gives it.
 """
 
 import json
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from megacode.errors import UserError
 from megacode.parallel import heartbeat
+from megacode.parallel.heartbeat import Record
 from megacode.parallel.mesh import SLOWEST_WRITER
 from megacode.plan.layout import Layout
-from megacode.train.faults import Peer
+from megacode.train.faults import Peer, process_state
 from megacode.train.sight import SHARED, SLACK_SECONDS, Ages, Machine, Others, Sight, shared_folder
 from megacode.train.stacks import Stacks
 from megacode.train.verdict import Process, Seen, Verdict, judge
@@ -28,6 +30,8 @@ EXIT_STALLED = 76
 LONGEST_PERIOD_SECONDS = 5.0
 GRACE_SECONDS = 10.0
 """How long a rank waits for the stacks of the others before it ends."""
+END_SECONDS = 5.0
+"""How long ranks that were stopped or held have to end by themselves."""
 
 
 class StallWatch:
@@ -36,11 +40,10 @@ class StallWatch:
     Args:
         run: the run folder; it need not exist yet.
         me: this rank.
-        local_rank: its number on this machine.
         layout: of the run.
         stall_seconds: how long all ranks must stand still.
-        claim: called on the one rank that gives a verdict: whether it counts; it does not where the run has failed
-            otherwise.
+        claim: called on the one rank that gives a verdict: the exit code of all ranks, EXIT_STALLED if it counts; it
+            does not where the run has ended or failed otherwise.
         tell: says a verdict that counts to the user.
         looked: called at each look of the rank that would give a verdict.
 
@@ -49,12 +52,11 @@ class StallWatch:
     """
 
     def __init__(
-        self, run: Path, me: Peer, local_rank: int, layout: Layout, stall_seconds: float,
-        claim: Callable[[Verdict], bool], tell: Callable[[Verdict], None],
+        self, run: Path, me: Peer, layout: Layout, stall_seconds: float,
+        claim: Callable[[Verdict], int], tell: Callable[[Verdict], None],
         looked: Callable[[Mapping[int, Seen]], None], root: Path = SHARED,
     ) -> None:  # fmt: skip
         self.run, self.me, self.layout, self.stall_seconds = run, me, layout, stall_seconds
-        self.on_first_machine = me.rank == local_rank
         self.period_seconds = min(LONGEST_PERIOD_SECONDS, stall_seconds / 8)
         try:
             folder = shared_folder(run, root)
@@ -66,7 +68,7 @@ class StallWatch:
                 f"{root}: the ranks' heartbeats can't be kept there ({error.strerror}); make room, or mend its mode"
             ) from None
         self.machine, self.others = Machine(folder, self.period_seconds), Others(run, self.period_seconds)
-        self._still, self._judges = Ages(), True
+        self._still = Ages()
         self._claim, self._tell, self._looked = claim, tell, looked
         self._over, self._leaving = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="stall watch", daemon=True)
@@ -96,8 +98,8 @@ class StallWatch:
         deadline = time.monotonic() + wait_seconds
         while True:
             with self._leaving:  # a thread that leaves never gives it back
-                if (processes := self._told()) is not None:
-                    self._leave(processes)
+                if (told := self._told()) is not None:
+                    self._leave(*told)
             if time.monotonic() >= deadline:
                 return
             time.sleep(0.1)
@@ -119,13 +121,14 @@ class StallWatch:
         if not self._leads(machine) or not self.run.is_dir():
             self._still.forget()
             return
-        self.others.publish(self.me.rank, machine)
-        self._verdict_file.touch()
-        if not self.on_first_machine and 0 not in machine:
-            return
+        with suppress(OSError):  # a full disk, say: that the others see nothing of this machine is told by its age
+            self.others.publish(self.me.rank, machine)
+            self._verdict_file.touch()
         seen = self._seen({**self.others.look(), **machine})
+        if self.me.rank != min(rank for rank, each in seen.items() if each.process == "runs"):
+            return
         self._looked(seen)
-        if self._judges and all(each.still_seconds >= self._patience_seconds(each) for each in seen.values()):
+        if all(each.still_seconds >= self._patience_seconds(each) for each in seen.values()):
             with self._leaving:
                 self._judge(seen)
 
@@ -155,33 +158,48 @@ class StallWatch:
 
     def _judge(self, seen: Mapping[int, Seen]) -> None:
         verdict = judge(seen, self.layout)
-        self._judges = self._claim(verdict)
-        if not self._judges:
-            return
+        code = self._claim(verdict)
         records = [each.record for each in seen.values() if each.record is not None and each.process != "ended"]
         processes = [[record.rank, record.host, record.pid, record.started] for record in records]
-        text = json.dumps({"verdict": verdict.conclusion, "unix_time": time.time(), "processes": processes})
+        told = {"verdict": verdict.conclusion, "code": code, "unix_time": time.time(), "processes": processes}
         with suppress(OSError):
-            self._verdict_file.write_text(text, encoding="utf-8")
-        self._tell(verdict)  # the others wait for this rank's stack
-        self._leave(processes)
+            self._verdict_file.write_text(json.dumps(told), encoding="utf-8")
+        if code == EXIT_STALLED:
+            with suppress(OSError):
+                self.stacks.write()  # the others wait for it, and telling may take long
+            self._tell(verdict)
+        self._leave(code, processes)
 
-    def _told(self) -> list[list] | None:
-        """The processes that a verdict is on, if this is one of them."""
+    def _told(self) -> tuple[int, list[list]] | None:
+        """Exit code and processes of a verdict, if it is on this one."""
         try:
-            processes: list[list] = json.loads(self._verdict_file.read_text(encoding="utf-8"))["processes"]
+            told = json.loads(self._verdict_file.read_text(encoding="utf-8"))
+            code, processes = int(told["code"]), told["processes"]
         except (OSError, ValueError, KeyError):
             return None
-        return processes if [self.me.rank, self.me.host, self.me.pid, self.me.started] in processes else None
+        return (code, processes) if [self.me.rank, self.me.host, self.me.pid, self.me.started] in processes else None
 
-    def _leave(self, processes: list[list]) -> NoReturn:
-        """Write this rank's stacks, help those of this machine that can't, wait until all have, and end."""
+    def _leave(self, code: int, processes: list[list]) -> NoReturn:
+        """End, with those of this machine that can't by themselves; of a stall, once the stacks of all are written."""
         try:
-            self.stacks.write()
             machine = self.machine.look()
             asleep = [record for record, process in machine.values() if process in ("stopped", "held")]
-            awaited = [(rank, pid) for rank, _, pid, _ in processes]
-            self.stacks.wait(awaited, asleep if self._leads(machine) else [], GRACE_SECONDS)
+            mine = asleep if self._leads(machine) else []
+            if code == EXIT_STALLED:
+                self.stacks.write()
+                self.stacks.wait([(rank, pid, start) for rank, _, pid, start in processes], mine, GRACE_SECONDS)
+            _end(mine)
             self.clear()
         finally:
-            os._exit(EXIT_STALLED)
+            os._exit(code)
+
+
+def _end(records: Iterable[Record]) -> None:
+    """Kill processes that do not end by themselves."""
+    began, left = time.monotonic(), list(records)
+    while left and time.monotonic() < began + END_SECONDS:
+        time.sleep(0.1)
+        left = [record for record in left if process_state(record.pid, record.started) is not None]
+    for record in left:
+        with suppress(OSError):
+            os.kill(record.pid, signal.SIGKILL)

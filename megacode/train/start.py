@@ -134,7 +134,7 @@ def load_weights(engine: ZeroEngine, recipe: Recipe, mesh: Mesh, newest: Path | 
     if reader is not None:
         _verify(reader, mesh)
     for name, parameter in engine.parameters.items():
-        doing(f"initial values of {name}")
+        doing(f"{'reading' if reader else 'initial values of'} {name}", patient=reader is not None)
         part = part_of(parameter)
         whole = reader.read_part(name, part) if reader else part.take(initial_values(name, part, recipe.seed))
         engine.write(name, whole)
@@ -150,7 +150,7 @@ def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress
     _verify(reader, mesh)
     engine.set_optimizer_step(reader.progress.adam_step)
     for name, parameter in engine.parameters.items():
-        doing(f"reading {name}")
+        doing(f"reading {name}", patient=True)
         for key in ("weight", *store.STATES):
             engine.write(name, reader.read_part(name, part_of(parameter), key), key)
     return reader.progress

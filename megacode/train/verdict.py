@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megacode.parallel.heartbeat import Record
+from megacode.parallel.heartbeat import DEVICE_WAIT, Record
 from megacode.plan.layout import Layout
 
 Process = Literal["runs", "held", "stopped", "ended", "unheard", "missing"]
@@ -37,7 +37,7 @@ class Verdict:
     """What is said of a stall."""
 
     culprits: list[int]
-    """Ranks that wait for nobody and for which, directly or not, the others do."""
+    """Ranks that wait for nobody and for which, directly or not, the others do; those that can't go on first."""
     conclusion: str
     """One line."""
     table: str
@@ -52,7 +52,7 @@ def judge(seen: Mapping[int, Seen], layout: Layout) -> Verdict:
         layout: gives the groups of the axes.
     """
     awaited = {rank: waits_for(rank, seen, layout) for rank in seen}
-    culprits = roots(awaited)
+    culprits = sorted(roots(awaited), key=lambda rank: _suspicion(seen[rank]))
     seconds = max(seen[rank].still_seconds for rank in seen)
     groups: dict[tuple[tuple[str, str], bool], list[int]] = {}
     for rank in culprits:
@@ -69,10 +69,14 @@ def judge(seen: Mapping[int, Seen], layout: Layout) -> Verdict:
 def waits_for(rank: int, seen: Mapping[int, Seen], layout: Layout) -> set[int]:
     """The ranks that a rank can't go on without: none where it does not wait, can't go on by itself, or stands in a
     collective that all have entered.
+
+    One that waits for its device may wait for any that does not.
     """
     this = seen[rank]
     if this.record is None or this.process in FROZEN or not this.record.kind:
         return set()
+    if this.record.kind == DEVICE_WAIT:
+        return {other for other, each in seen.items() if each.record is None or each.record.kind != DEVICE_WAIT}
     axis = this.record.axis
     if not axis:
         return {this.record.peer} if this.record.peer >= 0 else set()
@@ -81,8 +85,8 @@ def waits_for(rank: int, seen: Mapping[int, Seen], layout: Layout) -> set[int]:
         other = seen[member].record
         if other is None or other.entered[axis] < this.record.entered[axis]:
             late.add(member)
-        elif seen[member].process in FROZEN and other.axis == axis:
-            late.add(member)  # within the collective
+        elif seen[member].process in FROZEN and other.entered[axis] == this.record.entered[axis]:
+            late.add(member)  # within the collective, which the backend's threads carry on: they stand still as well
     return late - {rank}
 
 
@@ -103,6 +107,12 @@ def roots(awaited: Mapping[int, set[int]]) -> list[int]:
     reached = {rank: _reached(rank, awaited) for rank in awaited}
     free = {rank for rank in awaited if not awaited[rank]}
     return sorted(rank for rank in awaited if rank in free or (rank in reached[rank] and not reached[rank] & free))
+
+
+def _suspicion(seen: Seen) -> int:
+    if seen.process in FROZEN:
+        return 0
+    return 1 if seen.process == "held" else 2
 
 
 def _reached(rank: int, awaited: Mapping[int, set[int]]) -> set[int]:
@@ -135,7 +145,7 @@ def _blame(ranks: list[int], seen: Mapping[int, Seen], layout: Layout, circle: b
     several = len(ranks) > 1
     who = spans(ranks)
     if record is None:
-        return f"{who} {'have' if several else 'has'} not started"
+        return f"{who} {'have' if several else 'has'} not started, or ended before anybody saw"
     if not several:
         who += f" (host {record.host}, process {record.pid})"
     be = "are" if several else "is"

@@ -7,7 +7,7 @@ import pytest
 from support.launching import status, write_recipe
 from support.stalling import at_call, run_ranks, stop_here
 
-STALL_SECONDS = 6
+STALL_SECONDS = 8
 SETTINGS = (
     *("parallel.tensor=2", "parallel.zero=1", "deepspeed_config=null", "data.valid=null", "schedule.steps=4"),
     f"faults.stall_seconds={STALL_SECONDS}",
@@ -113,7 +113,7 @@ def slow_forward():
     original = Llama.forward
 
     def slowed(self, *args, **kwargs):
-        time.sleep(0.05)
+        time.sleep(0.15)
         return original(self, *args, **kwargs)
 
     Llama.forward = slowed
@@ -124,12 +124,12 @@ TWO = (*SETTINGS, "parallel.tensor=1", "parallel.pipeline=1")
 
 def test_a_slow_rank_is_named_while_the_run_goes_on(recipe):
     run = recipe.parent / "slow"
-    settings = (*TWO, "logging.phases=true", "schedule.steps=28", "checkpoint.every_steps=100")
+    settings = (*TWO, "logging.phases=true", "schedule.steps=45", "checkpoint.every_steps=100")
     ended = run_ranks(recipe, f"run={run}", *settings, trap=slow_forward, trapped=1, world_size=2)
     assert ended.codes == [0, 0], ended.output
     (event,) = (line for line in lines(run) if line["event"] == "straggler")
     assert (event["rank"], event["phase"]) == (1, "forward")
-    assert event["phase_seconds"] > 0.1 > event["phase_median"]  # two micro-batches; the median of two is their mean
+    assert event["phase_seconds"] > 0.3 > event["phase_median"]  # two micro-batches; the median of two is their mean
     assert "is slow: " in event["text"]
     assert event["text"] in ended.output
 

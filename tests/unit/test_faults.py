@@ -12,7 +12,7 @@ import pytest
 from megacode.train.faults import FILES, SIGNALS, PeerWatch, Requests, this_process
 from megacode.train.launch import Place
 from megacode.train.main import Run
-from megacode.train.metrics import begin_status, fail_status, has_ended_well, has_failed, write_status
+from megacode.train.metrics import begin_status, fail_status, has_failed, read_outcome, write_status
 from megacode.train.verdict import Verdict
 
 
@@ -161,17 +161,26 @@ def test_only_the_first_rank_that_fails_says_why(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["status.json"]
 
 
-@pytest.mark.parametrize(
-    ("outcome", "well"), [("finished", True), ("stopped", True), ("running", False), ("failed", False)]
-)
-def test_a_run_that_has_ended_can_no_more_stall(tmp_path, outcome, well):
-    assert not has_ended_well(tmp_path)
+@pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("stopped", 75), ("running", 76)])
+def test_a_run_that_has_ended_can_no_more_stall(tmp_path, outcome, code):
+    assert read_outcome(tmp_path) is None
     write_status(tmp_path, outcome)
-    assert has_ended_well(tmp_path) is well
+    assert read_outcome(tmp_path) == outcome
     run = Run.__new__(Run)
-    run.folder, run.place, run.start = tmp_path, Place(0, 0, 1, 1), "this start"
-    assert run._claim_stall(Verdict([0], "stalled", "")) is not well
-    assert has_failed(tmp_path, "this start") is not well
+    run.folder, run.place, run.start, run.begun = tmp_path, Place(0, 0, 1, 1), "this start", True
+    assert run._claim_stall(Verdict([0], "stalled", "")) == code
+    assert has_failed(tmp_path, "this start") is (code == 76)
+    assert run._claim_stall(Verdict([0], "stalled again", "")) == (1 if code == 76 else code)
+
+
+@pytest.mark.parametrize("outcome", ["finished", "failed"])
+def test_how_an_earlier_start_ended_does_not_count(tmp_path, outcome):
+    write_status(tmp_path, outcome)
+    (tmp_path / ".failed").write_text("an earlier start")
+    run = Run.__new__(Run)
+    run.folder, run.place, run.start, run.begun = tmp_path, Place(0, 0, 1, 1), "this start", False
+    assert run._claim_stall(Verdict([0], "stalled", "")) == 76
+    assert has_failed(tmp_path, "this start")
 
 
 def test_a_failure_is_told_on_stderr_where_the_disk_is_full(tmp_path, monkeypatch, capsys):

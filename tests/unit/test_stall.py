@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,7 @@ from megacode.train import sight
 from megacode.train.faults import Peer, _started, this_process
 from megacode.train.sight import Machine, Others, shared_folder
 from megacode.train.stacks import Stacks
-from megacode.train.stall import StallWatch
+from megacode.train.stall import EXIT_STALLED, StallWatch, _end
 from megacode.train.verdict import Seen
 
 PERIOD = 0.01
@@ -96,7 +97,7 @@ def test_machines_tell_each_other(folder, sleeper):
     there.publish(4, machine.look())
     assert here.look()[4][1] == "runs"
     (folder / "run" / "heartbeats" / "rank_00004.json").write_text('[{"rank"')  # half written
-    assert here.look() == {}
+    assert here.look()[4][1] == "runs"  # as it was
 
 
 def test_whom_another_rank_of_the_machine_tells_of_later_counts(folder, sleeper):
@@ -119,14 +120,14 @@ def test_runs_have_folders_of_their_own(tmp_path):
     assert one.stat().st_mode & 0o777 == 0o700
 
 
-def watch(folder, rank=0, local_rank=0, world_size=1, stall_seconds=4.0, claim=lambda verdict: True):
+def watch(folder, rank=0, world_size=1, stall_seconds=4.0, claim=lambda verdict: EXIT_STALLED, root="shared"):
     layout = Layout(1, world_size, 1, 1, 1, (range(1),))
     looked, told = [], []
     stall = StallWatch(
-        folder / "run", this_process(rank), local_rank, layout, stall_seconds, claim, told.append, looked.append,
-        folder / "shared",
+        folder / "run", this_process(rank), layout, stall_seconds, claim, told.append, looked.append,
+        folder / root,
     )  # fmt: skip
-    stall._leave = lambda processes: told.append(processes)  # this process goes on
+    stall._leave = lambda code, processes: told.append((code, processes))  # this process goes on
     return stall, looked, told
 
 
@@ -151,11 +152,13 @@ def test_a_run_that_stands_still_is_judged_once(folder):
     assert not told  # it has gone on
     time.sleep(0.2)
     stall._look()
-    verdict, processes = told
+    verdict, left = told
     assert verdict.culprits == [0]
     me = this_process(0)
-    assert processes == [[0, me.host, me.pid, me.started]]
-    assert stall._told() == processes
+    assert left == (76, [[0, me.host, me.pid, me.started]])
+    assert stall._told() == left
+    (stacks,) = (folder / "run/stacks").iterdir()
+    assert "test_a_run_that_stands_still" in stacks.read_text()
     stall.stop()
     assert not list((folder / "shared").iterdir())
 
@@ -165,14 +168,14 @@ def test_a_verdict_on_an_earlier_start_is_not_obeyed(folder):
     (folder / "run" / "heartbeats").mkdir()
     me = this_process(0)
     for processes in ([[0, me.host, me.pid, 1]], [[1, me.host, me.pid, me.started]], []):
-        stall._verdict_file.write_text(json.dumps({"processes": processes}))
+        stall._verdict_file.write_text(json.dumps({"code": 76, "processes": processes}))
         stall.leave_if_told()
         assert not told
     for half in ("", '{"processes"'):
         stall._verdict_file.write_text(half)
         stall.leave_if_told(wait_seconds=0.2)
         assert not told
-    stall._verdict_file.write_text(json.dumps({"processes": [[0, me.host, me.pid, me.started]]}))
+    stall._verdict_file.write_text(json.dumps({"code": 76, "processes": [[0, me.host, me.pid, me.started]]}))
     stall.leave_if_told()
     assert told
     stall.stop()
@@ -183,19 +186,21 @@ def test_a_rank_that_comes_to_the_end_after_a_verdict_is_told(folder):
     stall.others.folder.mkdir()
     me = this_process(0)
     mine = [[0, me.host, me.pid, me.started]]
-    stall._verdict_file.write_text(json.dumps({"processes": mine}))
+    stall._verdict_file.write_text(json.dumps({"code": 76, "processes": mine}))
     stall.stop()
-    assert told == [mine]
+    assert told == [(76, mine)]
 
 
 def test_no_verdict_where_the_run_has_failed_otherwise(folder):
-    stall, looked, told = watch(folder, stall_seconds=0.0001, claim=lambda verdict: False)
-    for _ in range(3):
-        stall._look()
-        time.sleep(0.01)
-    assert len(looked) == 3
-    assert not told
-    assert stall._told() is None
+    stall, looked, told = watch(folder, stall_seconds=0.005, claim=lambda verdict: 1)
+    stall._look()
+    time.sleep(0.01)
+    stall._look()
+    assert len(looked) == 2
+    ((code, _),) = told  # ends without a verdict
+    assert code == 1
+    assert stall._told()[0] == 1
+    assert not (folder / "run/stacks").exists()
     stall.stop()
 
 
@@ -217,7 +222,7 @@ def test_long_reading_and_writing_is_no_stall_unless_the_process_is_stopped(fold
 
 
 def test_a_stopped_rank_0_is_judged_by_the_next(folder, sleeper):
-    stall, looked, told = watch(folder, rank=1, local_rank=1, world_size=2, stall_seconds=0.1)
+    stall, looked, told = watch(folder, rank=1, world_size=2, stall_seconds=0.1)
     beat(stall.machine.folder, 0, sleeper.pid)
     stall._look()
     assert not looked  # rank 0 does
@@ -231,15 +236,48 @@ def test_a_stopped_rank_0_is_judged_by_the_next(folder, sleeper):
     stall.stop()
 
 
-def test_other_machines_publish_and_do_not_judge(folder):
-    stall, looked, told = watch(folder, rank=1, local_rank=0, world_size=2, stall_seconds=0.01)
-    for _ in range(3):
-        stall._look()
-        time.sleep(0.02)
+def test_one_machine_judges_and_another_where_that_is_not_heard_of(folder):
+    (folder / "other").mkdir()
+    first, _, told = watch(folder, world_size=2, stall_seconds=2.0)
+    second, looked, told_there = watch(folder, rank=1, world_size=2, stall_seconds=2.0, root="other")
+    for _ in range(2):
+        for machine in (first, second):
+            machine.heart.do("logging", patient=False)  # what an earlier start left would not change
+            machine._look()
+    looked.clear()
+    second._look()
     assert not looked
-    assert not told
+    assert not told_there
     assert [line["rank"] for line in json.loads((folder / "run/heartbeats/rank_00001.json").read_text())] == [1]
-    stall.stop()
+    first.stall_seconds = second.stall_seconds = second.others.patience_seconds = 0.1
+    time.sleep(0.2)
+    second._look()  # nothing new of the first: its machine is dead
+    verdict, (code, processes) = told_there
+    assert (verdict.culprits, code, len(processes)) == ([0, 1], 76, 2)
+    assert f"rank 0 (host {this_process(0).host}, process {os.getpid()}) is not heard of any more" in verdict.conclusion
+    assert not told
+    first.stop()
+    second.stop()
+
+
+def test_what_does_not_end_by_itself_is_killed(folder, sleeper, monkeypatch):
+    monkeypatch.setattr("megacode.train.stall.END_SECONDS", 0.3)
+    record = read(beat(folder, 1, sleeper.pid).path)
+    _end([replace(record, started=1)])  # another process has its number now
+    assert sleeper.poll() is None
+    _end([record])
+    assert sleeper.wait(5) == -signal.SIGKILL
+
+
+def test_a_later_starts_files_stay(folder):
+    first, _, _ = watch(folder)
+    second, _, _ = watch(folder)
+    first.heart.unlink()
+    first.stacks.clear()
+    second.stacks.forget()
+    assert second.heart.path.exists()
+    first.stop()
+    second.stop()
 
 
 def test_a_rank_that_never_started_is_missing(folder):
@@ -286,12 +324,14 @@ def test_the_stack_of_a_process_whose_interpreter_is_held(folder, monkeypatch):
         try:
             assert process.stdout.readline() == "ready\n"
             time.sleep(0.2)
-            held = beat(folder, 1, process.pid)
-            mine = Stacks(folder / "run", folder / "shared", Peer(0, "here", os.getpid(), None))
+            held, held_start = beat(folder, 1, process.pid), _started(process.pid)
+            mine = Stacks(folder / "run", folder / "shared", Peer(0, "here", os.getpid(), 1))
             mine.write()
-            mine.wait([(0, os.getpid()), (1, process.pid)], [read(held.path)], seconds=10)
+            mine.wait([(0, os.getpid(), 1), (1, process.pid, held_start)], [read(held.path)], seconds=10)
             mine.close()
         finally:
             process.kill()
-    assert "sits_in_native_code" in (folder / f"run/stacks/rank_00001_process_{process.pid}.txt").read_text()
-    assert "test_the_stack_of_a_process" in (folder / f"run/stacks/rank_00000_process_{os.getpid()}.txt").read_text()
+    assert (
+        "sits_in_native_code" in (folder / f"run/stacks/rank_00001_process_{process.pid}_{held_start}.txt").read_text()
+    )
+    assert "test_the_stack_of_a_process" in (folder / f"run/stacks/rank_00000_process_{os.getpid()}_1.txt").read_text()

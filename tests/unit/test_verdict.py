@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from megacode.parallel.heartbeat import AXES, Record
+from megacode.parallel.heartbeat import AXES, DEVICE_WAIT, Record
 from megacode.plan.layout import Layout
 from megacode.train.verdict import Seen, judge, members, roots, spans, waits_for
 
@@ -85,14 +85,14 @@ CASES = {
     ),
     "one has not started": (
         [at(rank, "starting", "rendezvous", "world", step=0) for rank in range(3)] + [MISSING], [3],
-        "stalled for 60 s: rank 3 has not started; ranks 0-2 wait for it",
+        "stalled for 60 s: rank 3 has not started, or ended before anybody saw; ranks 0-2 wait for it",
     ),
     "one has ended": (
         [in_tensor(0), in_tensor(1, process="ended"), receiving(2, 0), receiving(3, 1)], [1], "has ended in all-reduce",
     ),
     "a machine is not heard of": (
         [in_tensor(0), in_tensor(1), receiving(2, 0, process="unheard"), at(3, "optimizer", process="unheard")],
-        [0, 1, 2, 3], "rank 3 (host a, process 103) is not heard of any more, last in optimizer of step 3",
+        [2, 3, 0, 1], "rank 3 (host a, process 103) is not heard of any more, last in optimizer of step 3",
     ),
     "held in native code": (
         [in_tensor(0), at(1, "reading data", process="held"), receiving(2, 0), receiving(3, 1)], [1],
@@ -111,8 +111,20 @@ CASES = {
         "stalled for 60 s: ranks 0-3 stand in building the engine",
     ),
     "the device of all": (
-        [at(rank, "optimizer", "wait for the device", "world") for rank in range(4)], [0, 1, 2, 3],
-        "ranks 0-3 stand in wait for the device of world ranks 0-3 in optimizer of step 3, which all have entered",
+        [at(rank, "optimizer", DEVICE_WAIT) for rank in range(4)], [0, 1, 2, 3],
+        "ranks 0-3 stand in wait for the device in optimizer of step 3",
+    ),
+    "the device, behind which one stands elsewhere": (
+        [at(0, kind=DEVICE_WAIT), at(1, "reading data"), at(2, "optimizer", DEVICE_WAIT), receiving(3, 1)], [1],
+        "rank 1 (host a, process 101) stands in reading data of step 3; ranks 0, 2-3 wait for it",
+    ),
+    "one is stopped beside a collective that its backend carries on": (
+        [in_tensor(0), at(1, "backward", tensor=6, process="stopped"), receiving(2, 0), receiving(3, 1)], [1],
+        "rank 1 (host a, process 101) is stopped in backward of step 3; ranks 0, 2-3 wait for it",
+    ),
+    "those that can't go on come first": (
+        [at(0, "logging"), at(1, "logging", process="held"), at(2, "logging", process="stopped"), receiving(3, 0)],
+        [2, 1, 0], "stalled for 60 s: rank 2 (host a, process 102) is stopped in logging of step 3; rank 1 (host a",
     ),
 }  # fmt: skip
 
