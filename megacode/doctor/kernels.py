@@ -9,6 +9,7 @@ from torch import Tensor
 from megacode.doctor.finding import Finding, verdict
 from megacode.doctor.versions import one_line
 from megacode.kernels import dispatch
+from megacode.kernels.attention import Segments
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest difference over the largest value. fp32: a sum of some hundred terms loses some hundred times 6e-8. bf16: the
@@ -42,8 +43,8 @@ def _rope() -> list[Any]:
 
 
 def _attention() -> list[Any]:
-    bounds = torch.tensor([0, 37, 38, 128, 150, 256], dtype=torch.int32)
-    return [_heads(2, 128, 4), _heads(2, 128, 2), _heads(2, 128, 2), bounds]
+    documents = Segments.between([0, 37, 38, 128, 150, 256])
+    return [_heads(2, 128, 4), _heads(2, 128, 2), _heads(2, 128, 2), documents]
 
 
 INPUTS: dict[str, Callable[[], list[Any]]] = {"rope": _rope, "attention": _attention}
@@ -72,7 +73,7 @@ def check_twin(
     twin = list(dispatch.TABLE[operation].values())[-1].function
     exact = _differentiate(twin, [x.double() if _differentiable(x) else x for x in inputs])
     try:
-        actual = _differentiate(function, [x.to(device) if isinstance(x, Tensor) else x for x in inputs])
+        actual = _differentiate(function, [x.to(device) if isinstance(x, Tensor | Segments) else x for x in inputs])
     except Exception as error:
         return Finding(title, "WRONG", f"fails: {one_line(error)}", _mend(operation, name))
     errors = [relative(x, y) for x, y in zip(actual, exact, strict=True)]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megacode.kernels import dispatch
+from megacode.kernels.attention import Segments
 from megacode.model.linear import ALONE, Exchange, linears
 from megacode.recipe import Recompute
 
@@ -127,8 +128,9 @@ class Layers(Protocol):
     """Which backend computes each operation that has several."""
     rope: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     """(q, k, positions, theta) -> rotated q, k; half-split pairs as in HF."""
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    """Causal attention core: q [batch, sequence, heads, head_dim], k and v with kv_heads, cu_seqlens -> as q."""
+    attention: Callable[[Tensor, Tensor, Tensor, Segments | None], Tensor]
+    """Causal attention core: q [batch, context rank's part of the sequence, heads, head_dim], k and v with kv_heads,
+    the micro-batch's segments -> as q."""
 
     def embedding(self, rows: int, hidden: int, std: float) -> nn.Module:
         """Token ids [batch, sequence] -> [batch, sequence, hidden]."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megacode.kernels.attention import Segments
 from megacode.model.layers import Layers, Norm, PlainLayers, initial_values, part_of, swiglu
 from megacode.recipe import ModelSection
 
@@ -25,13 +26,13 @@ class Attention(nn.Module):
         self.v_proj = layers.column(config.hidden, kv_width, config.init_std)
         self.o_proj = layers.row(config.hidden, config.hidden, config.init_std)
 
-    def forward(self, x: Tensor, norm: Norm, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, norm: Norm, positions: Tensor, segments: Segments | None) -> Tensor:
         """Of the norm of x: [batch, sequence, hidden] -> the same"""
         maps = self.layers.columns(norm, x, (self.q_proj, self.k_proj, self.v_proj))
         # [batch, sequence, this rank's heads or kv_heads, head_dim]
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in maps)
         q, k = self.layers.rope(q, k, positions, self.theta)
-        return self.o_proj(self.layers.attention(q, k, v, cu_seqlens).flatten(-2))
+        return self.o_proj(self.layers.attention(q, k, v, segments).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -63,15 +64,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = layers.norm(config.hidden, config.norm_epsilon)
         self.mlp = MLP(config, layers)
 
-    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, segments: Segments | None) -> Tensor:
         """[batch, sequence, hidden] -> the same"""
         if self.checkpointed and torch.is_grad_enabled():
             # Inside of the module, so that ZeRO-3's hooks on it stay outside of what runs twice.
-            return checkpoint(self._run, x, positions, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
-        return self._run(x, positions, cu_seqlens)
+            return checkpoint(self._run, x, positions, segments, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, positions, segments)
 
-    def _run(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        x = x + self.self_attn(x, self.input_layernorm, positions, cu_seqlens)
+    def _run(self, x: Tensor, positions: Tensor, segments: Segments | None) -> Tensor:
+        x = x + self.self_attn(x, self.input_layernorm, positions, segments)
         return x + self.mlp(x, self.post_attention_layernorm)
 
 
@@ -85,12 +86,12 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(config, layers) for i in blocks})
         self.norm = layers.norm(config.hidden, config.norm_epsilon) if last else None
 
-    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, segments: Segments | None) -> Tensor:
         """Token ids or [batch, sequence, hidden] -> [batch, sequence, hidden]"""
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
         for block in self.layers.values():
-            x = block(x, positions, cu_seqlens)
+            x = block(x, positions, segments)
         return x if self.norm is None else self.norm(x)
 
 
@@ -115,15 +116,14 @@ class Llama(nn.Module):
         self.lm_head = self.parts.head(config.hidden, config.vocabulary, config.init_std) if last else None
 
     def forward(
-        self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None, labels: Tensor | None = None
+        self, x: Tensor, positions: Tensor, segments: Segments | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """One chunk's forward.
 
         Args:
             x: token ids [batch, sequence] for the first chunk, else hidden states [batch, sequence, hidden].
             positions: rotary positions [batch, sequence].
-            cu_seqlens: int32 [segments + 1] bounds of the segments that attention stays inside of, over the flattened
-                batch * sequence; None: each sequence is one segment.
+            segments: what attention stays inside of; None: each sequence is one segment.
             labels: [batch, sequence] of the last chunk; IGNORE has no loss.
 
         Returns:
@@ -131,7 +131,7 @@ class Llama(nn.Module):
             [batch, sequence] if there are labels (fp32, 0 where IGNORE), else this rank's logits
             [batch, sequence, vocabulary].
         """
-        x = self.model(x, positions, cu_seqlens)
+        x = self.model(x, positions, segments)
         if self.lm_head is None:
             return x
         logits = self.lm_head(x)
