@@ -43,7 +43,7 @@ def build_chunks(recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.devic
         else PlainLayers(device, dtype, recompute)
     )
     if mesh.context > 1:
-        layers.attention = ContextAttention(mesh.context_group, layers.attention)
+        layers.attention = ContextAttention(mesh.context_group, layers.attention, keep=recompute == "full")
     num_stages = len(layout.stages)
     return Chunks(
         [

@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -48,11 +49,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def uncounted_masks(dtype: torch.dtype) -> Iterator[None]:
-    """Attention of fewer queries than keys gets plain masks, made outside of what is counted.
+def uncounted_on_cpu(dtype: torch.dtype) -> Iterator[None]:
+    """What torch makes on a CPU and GPUs do without is made outside of what is counted.
 
-    On the CPU torch makes such masks, which kernels of GPUs do without; and under a dispatch mode it can't make the
-    class that stands for them.
+    Masks for attention of fewer queries than keys (under a dispatch mode torch can't make the class that stands for
+    them, either), and gloo's copy of what it reduces and scatters.
     """
 
     @functools.cache
@@ -61,5 +62,14 @@ def uncounted_masks(dtype: torch.dtype) -> Iterator[None]:
             hidden = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).logical_not()
             return torch.zeros(queries, keys, dtype=dtype).masked_fill(hidden, float("-inf"))
 
-    with mock.patch("torch.nn.attention.bias.causal_lower_right", lower_right):
+    scatter = dist.reduce_scatter_tensor
+
+    def reduce_scatter(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return scatter(*args, **kwargs)
+
+    with (
+        mock.patch("torch.nn.attention.bias.causal_lower_right", lower_right),
+        mock.patch("torch.distributed.reduce_scatter_tensor", reduce_scatter),
+    ):
         yield

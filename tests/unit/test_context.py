@@ -81,9 +81,10 @@ def in_chunks(x, ranks):
     return [(chunks[rank], chunks[2 * ranks - 1 - rank]) for rank in range(ranks)]
 
 
+@pytest.mark.parametrize(("keep", "gathers"), [(False, 2), (True, 1)])
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize(("ranks", "batch"), [(2, 1), (3, 2)])
-def test_each_ranks_attention_is_its_part_of_the_whole(monkeypatch, ranks, batch, masks):
+def test_each_ranks_attention_is_its_part_of_the_whole(monkeypatch, ranks, batch, masks, keep, gathers):
     """Outputs and gradients, those of keys and values summed over ranks."""
     generator = torch.Generator().manual_seed(0)
     sequence, heads, kv_heads, head_dim = 4 * ranks, 4, 2, 8
@@ -104,10 +105,11 @@ def test_each_ranks_attention_is_its_part_of_the_whole(monkeypatch, ranks, batch
         segments = own_part(micro_batch, ranks, rank).segments
         mine = context_columns(sequence, ranks, rank)
         own = [x[:, mine].detach().requires_grad_() for x in (q, k, v)]
-        part = ContextAttention(group, attention_torch)(*own, segments)
+        part = ContextAttention(group, attention_torch, keep)(*own, segments)
         torch.testing.assert_close(part, whole[:, mine])
         found = torch.autograd.grad(part, own, weights[:, mine])
         torch.testing.assert_close(found[0], expected[0][:, mine])
+    assert group.gathers == gathers * ranks
     sums = sum(group.given).view(ranks, 2, 2, batch, -1, kv_heads, head_dim)  # [rank, half, k or v, ...]
     for i, gradient in enumerate(expected[1:]):
         for rank, own in enumerate(in_chunks(gradient, ranks)):
