@@ -18,11 +18,10 @@ from megacode.parallel.heartbeat import finishing, waiting
 
 
 def start_sum(x: Tensor, group: ProcessGroup) -> Wait:
-    """Start an all-reduce of a copy of x."""
-    total = x.clone(memory_format=torch.contiguous_format)
+    """Start an all-reduce of x, in place."""
     with waiting("all-reduce", "tensor"):
-        work = dist.all_reduce(total, group=group, async_op=True)
-    return lambda: _finish("all-reduce", work, total)
+        work = dist.all_reduce(x, group=group, async_op=True)
+    return lambda: _finish("all-reduce", work, x)
 
 
 def start_gather(x: Tensor, group: ProcessGroup) -> Wait:
@@ -80,7 +79,7 @@ class SplitSequence:
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return start_sum(x, group)()
+        return start_sum(x.clone(memory_format=torch.contiguous_format), group)()
 
     @staticmethod
     @once_differentiable

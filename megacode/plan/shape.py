@@ -198,15 +198,16 @@ def _llama_moments(w: int, h: int, f: int) -> tuple[Moment, ...]:
     kept: tuple[Recompute, ...] = ("none", "full")
     stream, norm = w * h, NORM_BACKWARD * h
     wide = 4 * h if w == 2 else 0  # the norm's fp32 input, where it is a copy
-    # Of gate and up: the gathered input and the gradient, each with what it is gathered from or scattered to.
-    around = (1, 2, 4)
+    around = (1, 1, 2)  # of gate and up: the gradient of the input, and under sequence parallelism the gathered input
     return (
         Moment("down", w * f, stream, (0, 0, 1), h * f, kept),
         Moment("swiglu", 2 * w * f, stream, recompute=kept),
         Moment("gate, up", -2 * w * f, stream, around, 2 * h * f, kept),
         Moment("norm", -4 * w * f, stream - 2 * w * h + norm, recompute=kept),
-        Moment("swiglu again, down", 5 * w * f, stream, (0, 0, 1), h * f, ("selective",)),
-        Moment("norm again, gate, up", 0, stream + wide + w * h + norm, around, 2 * h * f, ("selective",)),
+        Moment("swiglu again, down", 4 * w * f, stream, (0, 0, 1), h * f, ("selective",)),
+        # The input was made again, and is kept no more.
+        Moment("norm again, gate, up", 0, stream + wide + w * h, (2, 2, 2), 2 * h * f, ("selective",)),
+        Moment("norm again", 0, stream + wide + w * h + norm, (0, 0, 0), 2 * h * f, ("selective",)),
     )
 
 
