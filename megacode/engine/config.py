@@ -60,6 +60,8 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     config["gradient_clipping"] = recipe.optimizer.clip
     if recipe.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # it would wait for the device; see DeviceSkip
+        # Reduced in bf16, each data rank's gradients are rounded once more.
+        _fill(config, "communication_data_type", "fp32")
         if recipe.parallel.reduce_policy == "microbatch":
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     parallel = recipe.parallel
@@ -138,6 +140,6 @@ def _check_offload(recipe: Recipe, zero: dict[str, Any]) -> None:
         )
 
 
-def _fill(section: dict[str, Any], key: str, value: int) -> None:
+def _fill(section: dict[str, Any], key: str, value: int | str) -> None:
     if section.get(key, "auto") == "auto":
         section[key] = value

@@ -138,7 +138,7 @@ def _static(job: Job, rank: int) -> StageMemory:
     if job.zero < 3:
         parameters *= job.layout.zero_size
     else:
-        buffers = float(w * job.bucket_elements)
+        buffers = float((job.reduced_bytes or w) * job.bucket_elements)
         gradients = share * (4 if job.reduce == "microbatch" else w)
     if job.offload != "none":  # with the fp32 gradients that Adam reads there
         host = masters + 4 * share + (gradients if job.zero == 3 else 4 * share)

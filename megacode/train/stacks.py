@@ -50,7 +50,9 @@ class Stacks:
 
     def write(self) -> None:
         """The stacks of this process's threads: as they were when it was woken, if it was, and as they are."""
-        temporary = self._file(self.me.rank).with_suffix(".tmp")
+        time.sleep(0.1)  # the signal that woke this process may not have reached the main thread
+        path = self._file(self.me.rank, self.me.pid)
+        temporary = path.with_suffix(".tmp")
         self.folder.mkdir(exist_ok=True)
         with temporary.open("w", encoding="utf-8") as file:
             file.write(_head(self.me.rank, self.me.host, self.me.pid))
@@ -58,36 +60,36 @@ class Stacks:
                 file.write(f"When it was woken:\n{woken}\nNow:\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        os.replace(temporary, self._file(self.me.rank))
+        os.replace(temporary, path)
 
-    def wait(self, ranks: Iterable[int], asleep: Iterable[Record], seconds: float) -> None:
-        """Wait until the stacks of some ranks stand in the run folder, some seconds at most.
+    def wait(self, processes: Iterable[tuple[int, int]], asleep: Iterable[Record], seconds: float) -> None:
+        """Wait until the stacks of some processes stand in the run folder, some seconds at most.
 
         Args:
-            ranks: whom to wait for.
+            processes: whom to wait for; rank and process id.
             asleep: ranks of this machine to wake; what one that can't write itself has left is written for it.
             seconds: how long.
         """
-        by_rank = {record.rank: record for record in asleep}
-        for record in by_rank.values():
+        by_process = {(record.rank, record.pid): record for record in asleep}
+        for record in by_process.values():
             _wake(record.pid)
-        began, left = time.monotonic(), set(ranks)
+        began, left = time.monotonic(), set(processes)
         while left and time.monotonic() < began + seconds:
             time.sleep(0.1)
-            left = {rank for rank in left if not self._file(rank).exists()}
+            left = {process for process in left if not self._file(*process).exists()}
             if time.monotonic() > began + WAKE_SECONDS:
-                for rank in left & set(by_rank):
-                    self._write_for(by_rank[rank])
+                for process in left & set(by_process):
+                    self._write_for(by_process[process])
 
     def _write_for(self, record: Record) -> None:
         with suppress(OSError):
             woken = self._woken_file(record.rank).read_text(encoding="utf-8", errors="replace")
             if woken:
                 head = _head(record.rank, record.host, record.pid)
-                self._file(record.rank).write_text(f"{head}When it was woken:\n{woken}", encoding="utf-8")
+                self._file(record.rank, record.pid).write_text(f"{head}When it was woken:\n{woken}", encoding="utf-8")
 
-    def _file(self, rank: int) -> Path:
-        return self.folder / f"rank_{rank:05d}.txt"
+    def _file(self, rank: int, pid: int) -> Path:
+        return self.folder / f"rank_{rank:05d}_process_{pid}.txt"  # what an earlier start left stays
 
     def _woken_file(self, rank: int) -> Path:
         return self.shared / f"woken_{rank:05d}.txt"

@@ -180,7 +180,8 @@ class StallWatch:
             self.stacks.write()
             machine = self.machine.look()
             asleep = [record for record, process in machine.values() if process in ("stopped", "held")]
-            self.stacks.wait([rank for rank, *_ in processes], asleep if self._leads(machine) else [], GRACE_SECONDS)
+            awaited = [(rank, pid) for rank, _, pid, _ in processes]
+            self.stacks.wait(awaited, asleep if self._leads(machine) else [], GRACE_SECONDS)
             self.clear()
         finally:
             os._exit(EXIT_STALLED)

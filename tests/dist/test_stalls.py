@@ -101,7 +101,7 @@ def test_a_rank_that_stops_is_named(recipe, trap, rank, place, others):
     assert (event["event"], event["ranks"], event["text"]) == ("stall", [rank], told["message"])
     assert ended.output.count("stalled for") == 1
     assert "another rank" not in ended.output
-    stacks = {int(file.stem[-5:]): file.read_text() for file in (run / "stacks").iterdir()}
+    stacks = {int(file.name[5:10]): file.read_text() for file in (run / "stacks").iterdir()}
     assert set(stacks) == set(range(size))
     assert all(f"rank {number}, host" in text and "main.py" in text for number, text in stacks.items())
     assert f"in {'<lambda>' if trap is in_the_data_loader else 'stop_here'}" in stacks[rank].split("Now:")[0]

@@ -52,9 +52,9 @@ def test_one_process_exchanges_nothing():
 
 def test_the_deepspeed_files_type_of_gradients_counts(tmp_path):
     path = tmp_path / "deepspeed.json"
-    path.write_text(json.dumps({"communication_data_type": "fp32"}))
-    default, wide = (
+    path.write_text(json.dumps({"communication_data_type": "bf16"}))
+    narrow, default = (
         next(one.bytes for one in exchanges(job(2, file, zero=3), 0) if one.kind == "reduce-scatter")
-        for file in (None, str(path))
+        for file in (str(path), None)
     )
-    assert wide == 2 * default
+    assert default == 2 * narrow

@@ -289,9 +289,9 @@ def test_the_stack_of_a_process_whose_interpreter_is_held(folder, monkeypatch):
             held = beat(folder, 1, process.pid)
             mine = Stacks(folder / "run", folder / "shared", Peer(0, "here", os.getpid(), None))
             mine.write()
-            mine.wait([0, 1], [read(held.path)], seconds=10)
+            mine.wait([(0, os.getpid()), (1, process.pid)], [read(held.path)], seconds=10)
             mine.close()
         finally:
             process.kill()
-    assert "sits_in_native_code" in (folder / "run/stacks/rank_00001.txt").read_text()
-    assert "test_the_stack_of_a_process" in (folder / "run/stacks/rank_00000.txt").read_text()
+    assert "sits_in_native_code" in (folder / f"run/stacks/rank_00001_process_{process.pid}.txt").read_text()
+    assert "test_the_stack_of_a_process" in (folder / f"run/stacks/rank_00000_process_{os.getpid()}.txt").read_text()
