@@ -1,6 +1,9 @@
 """The transformer of Code Llama (Roziere et al. 2023, section 2; Touvron et al. 2023), or one chunk of it.
 
 Module names are those of transformers' LlamaForCausalLM: a parameter's name here is its name in every checkpoint.
+
+In shapes, `sequence` is what a context rank holds of each sequence, and `stream` what a tensor rank holds of that
+between maps: a part under sequence parallelism, else all. In one process both are the whole sequence.
 """
 
 from collections.abc import Sequence
@@ -27,7 +30,7 @@ class Attention(nn.Module):
         self.o_proj = layers.row(config.hidden, config.hidden, config.init_std)
 
     def forward(self, x: Tensor, norm: Norm, positions: Tensor, segments: Segments | None) -> Tensor:
-        """Of the norm of x: [batch, sequence, hidden] -> the same"""
+        """Of the norm of x: [batch, stream, hidden] -> the same"""
         maps = self.layers.columns(norm, x, (self.q_proj, self.k_proj, self.v_proj))
         # [batch, sequence, this rank's heads or kv_heads, head_dim]
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in maps)
@@ -46,7 +49,7 @@ class MLP(nn.Module):
         self.down_proj = layers.row(config.ffn, config.hidden, config.init_std)
 
     def forward(self, x: Tensor, norm: Norm) -> Tensor:
-        """Of the norm of x: [batch, sequence, hidden] -> the same"""
+        """Of the norm of x: [batch, stream, hidden] -> the same"""
         gate, up = self.layers.columns(norm, x, (self.gate_proj, self.up_proj))
         if self.layers.recompute == "selective":
             return self.down_proj(gate, up, first=swiglu)
@@ -65,7 +68,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, layers)
 
     def forward(self, x: Tensor, positions: Tensor, segments: Segments | None) -> Tensor:
-        """[batch, sequence, hidden] -> the same"""
+        """[batch, stream, hidden] -> the same"""
         if self.checkpointed and torch.is_grad_enabled():
             # Inside of the module, so that ZeRO-3's hooks on it stay outside of what runs twice.
             return checkpoint(self._run, x, positions, segments, use_reentrant=False, preserve_rng_state=False)
@@ -87,7 +90,7 @@ class Backbone(nn.Module):
         self.norm = layers.norm(config.hidden, config.norm_epsilon) if last else None
 
     def forward(self, x: Tensor, positions: Tensor, segments: Segments | None) -> Tensor:
-        """Token ids or [batch, sequence, hidden] -> [batch, sequence, hidden]"""
+        """Token ids [batch, sequence] or [batch, stream, hidden] -> [batch, stream, hidden]"""
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
         for block in self.layers.values():
@@ -121,15 +124,16 @@ class Llama(nn.Module):
         """One chunk's forward.
 
         Args:
-            x: token ids [batch, sequence] for the first chunk, else hidden states [batch, sequence, hidden].
-            positions: rotary positions [batch, sequence].
-            segments: what attention stays inside of; None: each sequence is one segment.
+            x: token ids [batch, sequence] for the first chunk, else hidden states [batch, stream, hidden].
+            positions: rotary positions [batch, sequence], in the whole sequence or its documents.
+            segments: what attention stays inside of, over the flattened batch * sequence; None: each sequence is one
+                segment. Context ranks always have them (`parallel.context.own_part`).
             labels: [batch, sequence] of the last chunk; IGNORE has no loss.
 
         Returns:
-            Hidden states, for all chunks but the last; of the last, the negative log-likelihood of each label
-            [batch, sequence] if there are labels (fp32, 0 where IGNORE), else this rank's logits
-            [batch, sequence, vocabulary].
+            Hidden states [batch, stream, hidden], for all chunks but the last; of the last, the negative
+            log-likelihood of each label [batch, sequence] if there are labels (fp32, 0 where IGNORE), else this tensor
+            rank's logits [batch, sequence, its part of the vocabulary].
         """
         x = self.model(x, positions, segments)
         if self.lm_head is None:

@@ -29,7 +29,7 @@ SUB_GROUP_ELEMENTS = 10**9
 """DeepSpeed's sub_group_size: ZeRO-3 updates so many elements of its partition at a time."""
 
 HEAD_COPIES = (1, 1, 2)
-"""Hidden states of the whole sequence in the head's backward, as `Moment.copies`."""
+"""Hidden states in the head's backward, as `Moment.copies`."""
 
 Phase = Literal["forward", "backward", "reduction", "update"]
 

@@ -43,8 +43,8 @@ class Moment:
     stream: float = 0.0
     """Bytes per token along the residual stream: whole on each tensor rank, or split by sequence parallelism."""
     copies: tuple[int, int, int] = (0, 0, 0)
-    """Hidden states of the whole sequence, as operands of what tensor ranks exchange: in one process; between tensor
-    ranks; between tensor ranks with sequence parallelism."""
+    """Hidden states of all tokens of a context rank, as operands of what tensor ranks exchange: in one process; between
+    tensor ranks; between tensor ranks with sequence parallelism."""
     weights: float = 0.0
     """Elements of gradients of weights, over all tensor ranks, that no accumulator has taken yet."""
     recompute: tuple[Recompute, ...] = ("none", "selective", "full")
