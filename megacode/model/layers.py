@@ -152,7 +152,7 @@ class Layers(Protocol):
         ...
 
     def columns(self, norm: Norm, x: Tensor, maps: Sequence[Linear]) -> tuple[Tensor, ...]:
-        """The norm of x [batch, stream, hidden] through maps made by `column`: [batch, sequence, local outputs] each."""
+        """The norm of x [batch, stream, hidden] through maps of `column`, [batch, sequence, local outputs] each."""
         ...
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -48,7 +48,6 @@ LAYOUTS: list[tuple[int, str, dict[str, Any]]] = [
     (2, "bf16", {"recompute": "full"}),
     (2, "fp32", {"context": 2}),
     (2, "bf16", {"context": 2, "zero": 3}),
-    (4, "bf16", {"context": 4, "recompute": "selective"}),
     (2, "bf16", {"pipeline": 2, "virtual_stages": 2}),
     (4, "fp32", {"tensor": 2, "sequence": True, "pipeline": 2, "recompute": "full"}),
     (4, "bf16", {"tensor": 2, "sequence": True, "context": 2, "recompute": "selective", "zero": 3}),
