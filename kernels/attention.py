@@ -7,43 +7,72 @@ causal half only, and backward 2.5 times that.
 
 import importlib
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention_torch(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None = None
-) -> Tensor:
+@dataclass(frozen=True)
+class Segments:
+    """The stretches of tokens that attention stays inside of, a packed document each.
+
+    Made once a micro-batch where the documents are known, on the host: lengths that a layer had to ask the device for
+    would make the host wait for it in every layer.
+    """
+
+    cu_seqlens: Tensor
+    """int32 [segments + 1], on the device: bounds 0 = b0 <= b1 <= ... of segments over the flattened queries."""
+    cu_seqlens_k: Tensor
+    """As many over the flattened keys: the same, or more keys than queries where these are a segment's last tokens."""
+    lengths: tuple[int, ...]
+    """Of the segments, in queries."""
+    lengths_k: tuple[int, ...]
+    """In keys."""
+
+    @staticmethod
+    def between(bounds: Sequence[int], bounds_k: Sequence[int] | None = None) -> "Segments":
+        """Of bounds over queries and over keys (None: the same tokens), for attention on the CPU."""
+        cu_seqlens, lengths = torch.tensor(bounds, dtype=torch.int32), _lengths(bounds)
+        if bounds_k is None:
+            return Segments(cu_seqlens, cu_seqlens, lengths, lengths)
+        return Segments(cu_seqlens, torch.tensor(bounds_k, dtype=torch.int32), lengths, _lengths(bounds_k))
+
+    def to(self, device: torch.device) -> Self:
+        """The same for attention on a device."""
+        moved = self.cu_seqlens.to(device, non_blocking=True)
+        same = self.cu_seqlens_k is self.cu_seqlens
+        moved_k = moved if same else self.cu_seqlens_k.to(device, non_blocking=True)
+        return replace(self, cu_seqlens=moved, cu_seqlens_k=moved_k)
+
+
+def _lengths(bounds: Sequence[int]) -> tuple[int, ...]:
+    assert bounds[0] == 0, bounds
+    return tuple(stop - start for start, stop in itertools.pairwise(bounds))
+
+
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v, where a token sees itself and what precedes it: torch's own implementation.
 
     q [batch, sequence, heads, head_dim]; k, v [batch, keys, kv_heads, head_dim], keys >= sequence: the queries are the
     last tokens of what the keys are of. Head i reads kv head i // (heads // kv_heads). Softmax in fp32 whatever the
     dtype. Returns [batch, sequence, heads, head_dim].
 
-    cu_seqlens: int32 [segments + 1], the bounds 0 = b0 <= b1 <= ... = batch * sequence of segments over the flattened
-    tokens; attention stays inside a segment. cu_seqlens_k: as many bounds over the flattened keys (any batch), where a
-    segment has more keys than queries; None: the same. Then every segment is a call of its own (no mask is materialised
-    where it has as many queries as keys: memory stays linear where torch's fused kernels serve) and the bounds are read
-    on the host, once a call.
+    segments: over the flattened batch * sequence queries and the flattened keys, of any batch; None: each sequence is
+    one. With them every segment is a call of its own. No mask is materialised where a segment has as many queries as
+    keys: memory stays linear where torch's fused kernels serve.
     """
     assert q.shape[2] % k.shape[2] == 0, (q.shape, k.shape)
-    if cu_seqlens is None:
+    if segments is None:
         return _causal(q, k, v)
-    lengths = _lengths(cu_seqlens, q)
-    lengths_k = lengths if cu_seqlens_k is None else _lengths(cu_seqlens_k, k)
     # split, not slices: its backward writes each gradient once instead of adding up one padded tensor a segment.
-    split = (x.flatten(0, 1).split(parts) for x, parts in ((q, lengths), (k, lengths_k), (v, lengths_k)))
-    segments = zip(*split, strict=True)
-    return torch.cat([_causal(*(x[None] for x in segment))[0] for segment in segments]).view(q.shape)
-
-
-def _lengths(cu_seqlens: Tensor, x: Tensor) -> list[int]:
-    bounds = cu_seqlens.tolist()
-    assert bounds[0] == 0, bounds
-    assert bounds[-1] == x.shape[0] * x.shape[1], (bounds, x.shape)
-    return [end - start for start, end in itertools.pairwise(bounds)]
+    lengths = segments.lengths, segments.lengths_k, segments.lengths_k
+    split = (x.flatten(0, 1).split(parts) for x, parts in zip((q, k, v), lengths, strict=True))
+    parts = [_causal(*(x[None] for x in segment))[0] for segment in zip(*split, strict=True)]
+    return torch.cat(parts).view(q.shape)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -57,23 +86,14 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
-def attention_flash(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None = None
-) -> Tensor:
+def attention_flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
     """`attention_torch` by the flash-attn package (Dao 2023, FlashAttention-2): CUDA and bf16 only.
 
-    Since its version 2.1 the queries are the last of the keys' tokens, as here. With cu_seqlens the longest segments
-    are read on the host, once a call.
+    Since its version 2.1 the queries are the last of the keys' tokens, as here.
     """
     flash_attn = importlib.import_module("flash_attn")  # by name: type checkers seldom have the package
-    if cu_seqlens is None:
+    if segments is None:
         return flash_attn.flash_attn_func(q, k, v, causal=True)
-    longest = longest_k = int(cu_seqlens.diff().max())
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens
-    else:
-        longest_k = int(cu_seqlens_k.diff().max())
     flat = (x.flatten(0, 1) for x in (q, k, v))  # [batch * sequence, heads, head_dim]
-    return flash_attn.flash_attn_varlen_func(*flat, cu_seqlens, cu_seqlens_k, longest, longest_k, causal=True).view(
-        q.shape
-    )
+    bounds = segments.cu_seqlens, segments.cu_seqlens_k, max(segments.lengths), max(segments.lengths_k)
+    return flash_attn.flash_attn_varlen_func(*flat, *bounds, causal=True).view(q.shape)

@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that go through the model together."""
+    """Sequences that go through the model together, whole: what context ranks hold of them is cut later."""
 
     tokens: Int64Array  # [batch, sequence]
     labels: Int64Array  # [batch, sequence]; IGNORE where there is no loss

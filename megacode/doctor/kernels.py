@@ -9,6 +9,7 @@ from torch import Tensor
 from megacode.doctor.finding import Finding, verdict
 from megacode.doctor.versions import one_line
 from megacode.kernels import dispatch
+from megacode.kernels.attention import Segments
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest difference over the largest value. fp32: a sum of some hundred terms loses some hundred times 6e-8. bf16: the
@@ -42,14 +43,14 @@ def _rope() -> dict[str, list[Any]]:
 
 
 def _attention() -> dict[str, list[Any]]:
-    bounds = torch.tensor([0, 37, 38, 128, 150, 256], dtype=torch.int32)
-    few, many = (torch.tensor(x, dtype=torch.int32) for x in ([0, 10, 11, 40, 64], [0, 37, 38, 100, 128]))
+    documents = Segments.between([0, 37, 38, 128, 150, 256])
+    fewer = Segments.between([0, 10, 11, 40, 64], [0, 37, 38, 100, 128])
     k, v = _heads(2, 128, 2), _heads(2, 128, 2)
     return {
-        "documents": [_heads(2, 128, 4), k, v, bounds],
+        "documents": [_heads(2, 128, 4), k, v, documents],
         # What context parallelism asks for: the queries are the last of the keys' tokens.
         "fewer queries than keys": [_heads(2, 48, 4), k, v, None],
-        "documents with fewer queries than keys": [_heads(1, 64, 4), k[:1], v[:1], few, many],
+        "documents with fewer queries than keys": [_heads(1, 64, 4), k[:1], v[:1], fewer],
     }
 
 
@@ -98,7 +99,7 @@ def _errors(
     # The inputs are rounded first: both sides start from the same numbers.
     inputs = [x.to(dtype) if _differentiable(x) else x for x in inputs]
     exact = _differentiate(twin, [x.double() if _differentiable(x) else x for x in inputs])
-    actual = _differentiate(function, [x.to(device) if isinstance(x, Tensor) else x for x in inputs])
+    actual = _differentiate(function, [x.to(device) if isinstance(x, Tensor | Segments) else x for x in inputs])
     errors = [relative(x, y) for x, y in zip(actual, exact, strict=True)]
     num_grads = sum(map(_differentiable, inputs))
     return max(errors[:-num_grads]), max(errors[-num_grads:])

@@ -12,8 +12,9 @@ from megacode.doctor.finding import Finding, verdict
 from megacode.doctor.kernels import dtypes, word
 from megacode.doctor.versions import one_line
 from megacode.kernels import dispatch
+from megacode.kernels.attention import Segments
 
-AttentionCore = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+AttentionCore = Callable[[Tensor, Tensor, Tensor, Segments | None], Tensor]
 
 BATCH, SEQUENCE, HEADS, KV_HEADS, HEAD_DIM = 2, 128, 4, 2, 64
 BOUNDS = (0, 37, 38, 101, 128, 150, 256)
@@ -43,10 +44,10 @@ def check_attention(title: str, attention: AttentionCore, device: torch.device, 
     As a control, the same change without bounds must show.
     """
     before, after = _inputs(device, dtype)
-    bounds = torch.tensor(BOUNDS, dtype=torch.int32, device=device)
+    documents = Segments.between(BOUNDS).to(device)
     try:
-        first, again, changed = (_run(attention, inputs, bounds) for inputs in (before, before, after))
-        crossing = _crossing_gradient(attention, before, bounds)
+        first, again, changed = (_run(attention, inputs, documents) for inputs in (before, before, after))
+        crossing = _crossing_gradient(attention, before, documents)
         control = _difference(_run(attention, before, None), _run(attention, after, None))[0]
     except Exception as error:
         return Finding(title, "WRONG", f"fails: {one_line(error)}", MEND)
@@ -77,20 +78,20 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], lis
     return before, after
 
 
-def _run(attention: AttentionCore, inputs: list[Tensor], bounds: Tensor | None) -> list[Tensor]:
+def _run(attention: AttentionCore, inputs: list[Tensor], documents: Segments | None) -> list[Tensor]:
     """[output, gradients of q, k, v] of all documents but the changed one, tokens flattened."""
     q, k, v = (x.clone().requires_grad_() for x in inputs)
-    output = attention(q, k, v, bounds)
+    output = attention(q, k, v, documents)
     gradients = torch.autograd.grad(output, (q, k, v), torch.ones_like(output))
     others = torch.ones(BATCH * SEQUENCE, dtype=torch.bool, device=output.device)
     others[_document()] = False
     return [x.detach().flatten(0, 1)[others] for x in (output, *gradients)]
 
 
-def _crossing_gradient(attention: AttentionCore, inputs: list[Tensor], bounds: Tensor) -> float:
+def _crossing_gradient(attention: AttentionCore, inputs: list[Tensor], documents: Segments) -> float:
     """Largest gradient of the changed document's output with respect to the other documents."""
     q, k, v = (x.clone().requires_grad_() for x in inputs)
-    output = attention(q, k, v, bounds)
+    output = attention(q, k, v, documents)
     weights = torch.zeros_like(output)
     weights.flatten(0, 1)[_document()] = 1
     gradients = torch.autograd.grad(output, (q, k, v), weights)

@@ -8,7 +8,6 @@ the recipe says beside its layout.
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -73,7 +72,7 @@ def one_process(recipe: Recipe, samples: Samples, steps: int, device: torch.devi
         batches, num_valid = _batches(recipe, samples, step, device)
         total = 0.0
         for batch in batches:
-            losses = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
+            losses = model(batch.tokens, batch.positions, batch.segments, batch.labels)
             loss = losses.sum() / num_valid
             loss.backward()
             total += loss.item()
@@ -144,12 +143,7 @@ def _batches(
     numbers = step_indices(step * batch.global_samples, batch.global_samples, batch.micro_samples, data, rank)
     found = [own_part(samples.micro_batch(each), context, context_rank) for each in numbers]
     num_valid = sum((each.labels != IGNORE).sum() for each in found)
-    return [_to(each, device) for each in found], torch.as_tensor(num_valid, device=device)
-
-
-def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: value.to(device) for name, value in values.items() if value is not None})
+    return [each.to(device) for each in found], torch.as_tensor(num_valid, device=device)
 
 
 def _read(engine: ZeroEngine, mesh: Mesh, key: str) -> dict[str, Tensor]:

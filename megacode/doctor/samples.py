@@ -30,8 +30,8 @@ class StreamSamples:
     def micro_batch(self, numbers: Sequence[int]) -> MicroBatch:
         host = self.stream.micro_batch(numbers)
         tokens, labels, positions = map(torch.from_numpy, (host.tokens, host.labels, host.positions))
-        cu_seqlens = None if host.cu_seqlens is None else torch.from_numpy(host.cu_seqlens)
-        return MicroBatch(tokens, labels, positions, cu_seqlens)
+        bounds = None if host.cu_seqlens is None else host.cu_seqlens.tolist()
+        return MicroBatch.whole(tokens, labels, positions, bounds)
 
 
 class RandomSamples:
@@ -52,11 +52,10 @@ class RandomSamples:
         batch, sequence = tokens.shape
         positions = torch.arange(sequence).repeat(batch, 1)
         if not self.recipe.data.document_masks:
-            return MicroBatch(tokens, labels, positions, None)
+            return MicroBatch.whole(tokens, labels, positions)
         positions = torch.where(positions < cuts, positions, positions - cuts)
         starts = torch.arange(batch)[:, None] * sequence + torch.cat((torch.zeros_like(cuts), cuts), dim=1)
-        cu_seqlens = torch.cat((starts.flatten(), torch.tensor([batch * sequence]))).int()
-        return MicroBatch(tokens, labels, positions, cu_seqlens)
+        return MicroBatch.whole(tokens, labels, positions, [*starts.flatten().tolist(), batch * sequence])
 
     def _draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens and labels [global_samples, sequence], and where the second document begins [global_samples, 1]."""

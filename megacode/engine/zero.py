@@ -36,6 +36,7 @@ def start_deepspeed() -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     private.skip_shared_memory_op()
     private.skip_device_count()
+    private.expect_segments()
     deepspeed.init_distributed(verbose=False)
 
 
@@ -118,7 +119,7 @@ class ZeroEngine:
         return self.engine.get_global_grad_norm().to(device), self._skip.skipped.to(device)
 
     def _forward(self, chunk: int, x: Tensor, batch: MicroBatch, last_stage: bool) -> Tensor:
-        return self.engine(chunk, x, batch.positions, batch.cu_seqlens, batch.labels if last_stage else None)
+        return self.engine(chunk, x, batch.positions, batch.segments, batch.labels if last_stage else None)
 
     def _backward(self, scalar: Tensor, last: bool) -> None:
         if not self.reduce_once:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megacode.kernels import dispatch
+from megacode.kernels.attention import Segments
 from megacode.model.linear import ALONE, Exchange, linears
 from megacode.recipe import Recompute
 
@@ -119,7 +120,7 @@ class Embedding(nn.Module):
 
 
 class Layers(Protocol):
-    """The parts of a block, for one way of sharing it among ranks."""
+    """The parts of a block, for one way of sharing it among ranks; `sequence` and `stream` in shapes as in llama.py."""
 
     recompute: Recompute
     """What backward computes again."""
@@ -127,11 +128,11 @@ class Layers(Protocol):
     """Which backend computes each operation that has several."""
     rope: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     """(q, k, positions, theta) -> rotated q, k; half-split pairs as in HF."""
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    """Causal attention core: q [batch, sequence, heads, head_dim], k and v with kv_heads, cu_seqlens -> as q."""
+    attention: Callable[[Tensor, Tensor, Tensor, Segments | None], Tensor]
+    """Causal attention core: q [batch, sequence, heads, head_dim], k and v with kv_heads, segments -> as q."""
 
     def embedding(self, rows: int, hidden: int, std: float) -> nn.Module:
-        """Token ids [batch, sequence] -> [batch, sequence, hidden]."""
+        """Token ids [batch, sequence] -> [batch, stream, hidden]."""
         ...
 
     def column(self, inputs: int, outputs: int, std: float) -> Linear:
@@ -139,11 +140,11 @@ class Layers(Protocol):
         ...
 
     def row(self, inputs: int, outputs: int, std: float) -> Linear:
-        """A linear map whose inputs are split; returns the whole sum, or this rank's part of it along the sequence."""
+        """A linear map whose inputs are split: [batch, sequence, local inputs] -> the sum [batch, stream, outputs]."""
         ...
 
     def head(self, hidden: int, rows: int, std: float) -> nn.Module:
-        """Hidden states as they lie between blocks -> this rank's logits of all positions, padding left out."""
+        """[batch, stream, hidden] -> this rank's logits [batch, sequence, its rows], padding left out."""
         ...
 
     def norm(self, hidden: int, epsilon: float) -> Norm:
@@ -151,7 +152,7 @@ class Layers(Protocol):
         ...
 
     def columns(self, norm: Norm, x: Tensor, maps: Sequence[Linear]) -> tuple[Tensor, ...]:
-        """The norm of the residual stream through maps made by `column`."""
+        """The norm of x [batch, stream, hidden] through maps of `column`, [batch, sequence, local outputs] each."""
         ...
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

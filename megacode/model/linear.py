@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 Wait = Callable[[], Tensor]
 """Waits for an exchange that was started and returns its result."""
@@ -20,7 +21,10 @@ class Exchange(Protocol):
         ...
 
     def spread(self, grad: Tensor) -> Wait:
-        """Start to sum over ranks the gradient of the maps' whole input, and keep that of this rank's input."""
+        """Start to sum over ranks the gradient of the maps' whole input, and keep that of this rank's input.
+
+        `grad` is given away: contiguous, and nobody reads it afterwards.
+        """
         ...
 
 
@@ -82,20 +86,28 @@ class _Linears(torch.autograd.Function):
         with torch.enable_grad():
             own = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=False)]
             made = first(*own) if first else own[0]
-        collected = exchange.collect(made.detach())
-        spread = None
-        if made.requires_grad:
-            grad = grads[0] @ weights[0]
-            for other, weight in zip(grads[1:], weights[1:], strict=True):
-                grad += other @ weight
-            spread = exchange.spread(grad)
+        again = get_gradient_edge(made) if first and made.requires_grad else None
+        collected, wanted = exchange.collect(made.detach()), made.requires_grad
+        # Everything of the whole sequence is let go of as soon as it has served, before the norm's backward above all.
+        del made
+        spread = exchange.spread(_input_grad(grads, weights)) if wanted else None
         x = collected().flatten(0, -2)
+        del collected
         weight_grads = [grad.flatten(0, -2).t() @ x for grad in grads]
+        del x
         if spread is None:
             return None, None, None, *(None for _ in own), *weight_grads
         input_grads: list[Tensor | None] = [spread()]
-        if first:
-            wanted = [x for x in own if x.requires_grad]
-            found = iter(torch.autograd.grad(made, wanted, input_grads[0]))
+        del spread
+        if again:
+            found = iter(torch.autograd.grad(again, [x for x in own if x.requires_grad], input_grads[0]))
             input_grads = [next(found) if x.requires_grad else None for x in own]
         return None, None, None, *input_grads, *weight_grads
+
+
+def _input_grad(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Sum of grad W over the maps, each added within its product."""
+    total = grads[0].flatten(0, -2) @ weights[0]
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        total.addmm_(grad.flatten(0, -2), weight)
+    return total.unflatten(0, grads[0].shape[:-1])

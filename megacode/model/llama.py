@@ -1,6 +1,9 @@
 """The transformer of Code Llama (Roziere et al. 2023, section 2; Touvron et al. 2023), or one chunk of it.
 
 Module names are those of transformers' LlamaForCausalLM: a parameter's name here is its name in every checkpoint.
+
+In shapes, `sequence` is what a context rank holds of each sequence, and `stream` what a tensor rank holds of that
+between maps: a part under sequence parallelism, else all. In one process both are the whole sequence.
 """
 
 from collections.abc import Sequence
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megacode.kernels.attention import Segments
 from megacode.model.layers import Layers, Norm, PlainLayers, initial_values, part_of, swiglu
 from megacode.recipe import ModelSection
 
@@ -25,13 +29,13 @@ class Attention(nn.Module):
         self.v_proj = layers.column(config.hidden, kv_width, config.init_std)
         self.o_proj = layers.row(config.hidden, config.hidden, config.init_std)
 
-    def forward(self, x: Tensor, norm: Norm, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Of the norm of x: [batch, sequence, hidden] -> the same"""
+    def forward(self, x: Tensor, norm: Norm, positions: Tensor, segments: Segments | None) -> Tensor:
+        """Of the norm of x: [batch, stream, hidden] -> the same"""
         maps = self.layers.columns(norm, x, (self.q_proj, self.k_proj, self.v_proj))
         # [batch, sequence, this rank's heads or kv_heads, head_dim]
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in maps)
         q, k = self.layers.rope(q, k, positions, self.theta)
-        return self.o_proj(self.layers.attention(q, k, v, cu_seqlens).flatten(-2))
+        return self.o_proj(self.layers.attention(q, k, v, segments).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -45,7 +49,7 @@ class MLP(nn.Module):
         self.down_proj = layers.row(config.ffn, config.hidden, config.init_std)
 
     def forward(self, x: Tensor, norm: Norm) -> Tensor:
-        """Of the norm of x: [batch, sequence, hidden] -> the same"""
+        """Of the norm of x: [batch, stream, hidden] -> the same"""
         gate, up = self.layers.columns(norm, x, (self.gate_proj, self.up_proj))
         if self.layers.recompute == "selective":
             return self.down_proj(gate, up, first=swiglu)
@@ -63,15 +67,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = layers.norm(config.hidden, config.norm_epsilon)
         self.mlp = MLP(config, layers)
 
-    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """[batch, sequence, hidden] -> the same"""
+    def forward(self, x: Tensor, positions: Tensor, segments: Segments | None) -> Tensor:
+        """[batch, stream, hidden] -> the same"""
         if self.checkpointed and torch.is_grad_enabled():
             # Inside of the module, so that ZeRO-3's hooks on it stay outside of what runs twice.
-            return checkpoint(self._run, x, positions, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
-        return self._run(x, positions, cu_seqlens)
+            return checkpoint(self._run, x, positions, segments, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, positions, segments)
 
-    def _run(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        x = x + self.self_attn(x, self.input_layernorm, positions, cu_seqlens)
+    def _run(self, x: Tensor, positions: Tensor, segments: Segments | None) -> Tensor:
+        x = x + self.self_attn(x, self.input_layernorm, positions, segments)
         return x + self.mlp(x, self.post_attention_layernorm)
 
 
@@ -85,12 +89,12 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(config, layers) for i in blocks})
         self.norm = layers.norm(config.hidden, config.norm_epsilon) if last else None
 
-    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Token ids or [batch, sequence, hidden] -> [batch, sequence, hidden]"""
+    def forward(self, x: Tensor, positions: Tensor, segments: Segments | None) -> Tensor:
+        """Token ids [batch, sequence] or [batch, stream, hidden] -> [batch, stream, hidden]"""
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
         for block in self.layers.values():
-            x = block(x, positions, cu_seqlens)
+            x = block(x, positions, segments)
         return x if self.norm is None else self.norm(x)
 
 
@@ -115,23 +119,23 @@ class Llama(nn.Module):
         self.lm_head = self.parts.head(config.hidden, config.vocabulary, config.init_std) if last else None
 
     def forward(
-        self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None, labels: Tensor | None = None
+        self, x: Tensor, positions: Tensor, segments: Segments | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """One chunk's forward.
 
         Args:
-            x: token ids [batch, sequence] for the first chunk, else hidden states [batch, sequence, hidden].
-            positions: rotary positions [batch, sequence].
-            cu_seqlens: int32 [segments + 1] bounds of the segments that attention stays inside of, over the flattened
-                batch * sequence; None: each sequence is one segment.
+            x: token ids [batch, sequence] for the first chunk, else hidden states [batch, stream, hidden].
+            positions: rotary positions [batch, sequence], in the whole sequence or its documents.
+            segments: what attention stays inside of, over the flattened batch * sequence; None: each sequence is one
+                segment. Context ranks always have them (`parallel.context.own_part`).
             labels: [batch, sequence] of the last chunk; IGNORE has no loss.
 
         Returns:
-            Hidden states, for all chunks but the last; of the last, the negative log-likelihood of each label
-            [batch, sequence] if there are labels (fp32, 0 where IGNORE), else this rank's logits
-            [batch, sequence, vocabulary].
+            Hidden states [batch, stream, hidden], for all chunks but the last; of the last, the negative
+            log-likelihood of each label [batch, sequence] if there are labels (fp32, 0 where IGNORE), else this tensor
+            rank's logits [batch, sequence, its part of the vocabulary].
         """
-        x = self.model(x, positions, cu_seqlens)
+        x = self.model(x, positions, segments)
         if self.lm_head is None:
             return x
         logits = self.lm_head(x)

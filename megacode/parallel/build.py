@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from megacode.kernels.attention import Segments
 from megacode.model.layers import PlainLayers
 from megacode.model.llama import Llama
 from megacode.parallel.context import ContextAttention
@@ -22,10 +23,10 @@ class Chunks(nn.Module):
         self.chunks, self.backends = nn.ModuleList(chunks), backends
 
     def forward(
-        self, chunk: int, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, labels: Tensor | None
+        self, chunk: int, x: Tensor, positions: Tensor, segments: Segments | None, labels: Tensor | None
     ) -> Tensor:
         """See Llama.forward."""
-        return self.chunks[chunk](x, positions, cu_seqlens, labels)
+        return self.chunks[chunk](x, positions, segments, labels)
 
     def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of all chunks."""
@@ -42,7 +43,7 @@ def build_chunks(recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.devic
         else PlainLayers(device, dtype, recompute)
     )
     if mesh.context_group is not None:
-        layers.attention = ContextAttention(mesh.context_group, layers.attention)
+        layers.attention = ContextAttention(mesh.context_group, layers.attention, keep=recompute == "full")
     num_stages = len(layout.stages)
     return Chunks(
         [

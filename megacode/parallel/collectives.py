@@ -3,6 +3,8 @@
 Shoeybi et al. 2019, section 3: the functions f (identity, its backward sums) and g (sum, its backward is the identity).
 With sequence parallelism (Korthikanti et al. 2022, section 4.2.2) f becomes an all-gather along the sequence whose
 backward is a reduce-scatter, and g the reverse: the same bytes, and what lies between is split.
+
+In shapes, `sequence` is what a context rank holds of each sequence.
 """
 
 from typing import Any

@@ -1,12 +1,13 @@
 """How many bytes of tensors are alive on this rank, and the most there ever were. Training does not import this."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -48,11 +49,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def uncounted_masks(dtype: torch.dtype) -> Iterator[None]:
-    """Attention of fewer queries than keys gets plain masks, made outside of what is counted.
+def uncounted_on_cpu(dtype: torch.dtype) -> Iterator[None]:
+    """What torch makes on a CPU and GPUs do without is made outside of what is counted.
 
-    On the CPU torch makes such masks, which kernels of GPUs do without; and under a dispatch mode it can't make the
-    class that stands for them.
+    Masks for attention of fewer queries than keys (under a dispatch mode torch can't make the class that stands for
+    them, either), and gloo's copy of what it reduces and scatters. Collectives that are waited for at once exchange
+    copies: gloo's threads let go of what they exchanged some time after, or later under load.
     """
 
     @functools.cache
@@ -61,5 +63,21 @@ def uncounted_masks(dtype: torch.dtype) -> Iterator[None]:
             hidden = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).logical_not()
             return torch.zeros(queries, keys, dtype=dtype).masked_fill(hidden, float("-inf"))
 
-    with mock.patch("torch.nn.attention.bias.causal_lower_right", lower_right):
+    def uncounted(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def run(output: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                if kwargs.get("async_op"):
+                    return collective(output, given, *args, **kwargs)
+                copy = torch.empty_like(output)
+                collective(copy, given.clone(), *args, **kwargs)
+                output.copy_(copy)
+            return None
+
+        return run
+
+    with (
+        mock.patch("torch.nn.attention.bias.causal_lower_right", lower_right),
+        mock.patch("torch.distributed.all_gather_into_tensor", uncounted(dist.all_gather_into_tensor)),
+        mock.patch("torch.distributed.reduce_scatter_tensor", uncounted(dist.reduce_scatter_tensor)),
+    ):
         yield

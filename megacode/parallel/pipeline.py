@@ -2,13 +2,14 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megacode.kernels.attention import Segments
 from megacode.parallel.heartbeat import communicating, doing
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.phases import measure
@@ -17,18 +18,41 @@ from megacode.parallel.schedule import Operation, forwards_only, one_f_one_b
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward needs, on this rank's device. Every stage reads it itself: only hidden states travel."""
+    """What one forward needs, on this rank's device. Every stage reads it itself: only hidden states travel.
+
+    `sequence` is the whole one, or what a context rank holds of it; tensor ranks hold the same.
+    """
 
     tokens: Tensor
     """[batch, sequence] int64"""
     labels: Tensor
     """[batch, sequence] int64, IGNORE where there is no loss"""
     positions: Tensor
-    """[batch, sequence] int64"""
-    cu_seqlens: Tensor | None
-    """int32 [segments + 1] over the flattened batch * sequence; None: no document masks"""
+    """[batch, sequence] int64, in the document or in the whole sequence"""
+    segments: Segments | None
+    """The packed documents; None: each sequence is one segment. Context ranks have those of their queries and of all
+    keys that these meet, with or without document masks (`context.own_part`)."""
     groups: Tensor | None = None
     """[batch, sequence] int64: the group in which a label's loss counts; None: all in group 0"""
+
+    @staticmethod
+    def whole(
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        bounds: Sequence[int] | None = None,
+        groups: Tensor | None = None,
+    ) -> "MicroBatch":
+        """Whole sequences, on the host; `bounds` are those of documents over the flattened tokens, None: no masks."""
+        return MicroBatch(tokens, labels, positions, None if bounds is None else Segments.between(bounds), groups)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {
+            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors, segments=self.segments and self.segments.to(device))
 
 
 Forward = Callable[[int, Tensor, MicroBatch, bool], Tensor]

@@ -1,4 +1,8 @@
-"""`Layers` for tensor and sequence parallelism: column, row and vocabulary-parallel layers and loss."""
+"""`Layers` for tensor and sequence parallelism: column, row and vocabulary-parallel layers and loss.
+
+In shapes, `sequence` is what a context rank holds of each sequence, and `stream` this rank's part of it under sequence
+parallelism, else the same.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +31,7 @@ class RowLinear(Linear):
         self.group, self.split_sequence = group, split_sequence
 
     def forward(self, *inputs: Tensor, first: Callable[..., Tensor] | None = None) -> Tensor:
-        """[batch, sequence, this rank's inputs] -> [batch, sequence or this rank's part of it, out]"""
+        """[batch, sequence, this rank's inputs] -> [batch, stream, out]"""
         return sum_over_tensor_ranks(super().forward(*inputs, first=first), self.group, self.split_sequence)
 
 
@@ -39,7 +43,7 @@ class VocabularyEmbedding(Embedding):
         self.group, self.split_sequence = group, split_sequence
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[batch, sequence] -> [batch, sequence or this rank's part of it, hidden]"""
+        """[batch, sequence] -> [batch, stream, hidden]"""
         part = part_of(self.weight)
         foreign = (tokens < part.start) | (tokens >= part.stop)
         rows = F.embedding((tokens - part.start).masked_fill(foreign, 0), self.weight)
@@ -54,7 +58,7 @@ class VocabularyHead(Linear):
         self.exchange = exchange
 
     def forward(self, *inputs: Tensor, first: Callable[..., Tensor] | None = None) -> Tensor:
-        """[batch, sequence or this rank's part of it, hidden] -> [batch, sequence, this rank's rows]"""
+        """[batch, stream, hidden] -> [batch, sequence, this rank's rows]"""
         part = part_of(self.weight)
         (logits,) = linears((self.weight,), *inputs, first=first, exchange=self.exchange)
         return logits[..., : part.stop - part.start]

@@ -56,6 +56,7 @@ def block_moments(job: Job) -> list[tuple[float, float]]:
     again = 0.0
     if job.recompute == "full":
         again = activation_bytes(replace(job, recompute="none"))
+        again += job.local_tokens * job.shape.block.kept_again / job.layout.tensor
         # Under fp32 the first norm keeps the block's input, which is there already.
         again -= stream_bytes(job) if job.shape.element_bytes == 4 else 0.0
     return [

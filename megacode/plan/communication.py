@@ -140,16 +140,18 @@ def merge(found: Sequence[Exchange]) -> list[Exchange]:
 def context_exchanges(job: Job, direction: Pass) -> list[Exchange]:
     """What context ranks exchange in one micro-batch's pass through one block.
 
-    Keys and values of the whole sequence, gathered in forward and where a backward runs the block again; their
-    gradients, summed and scattered in backward.
+    Keys and values of the whole sequence, gathered in forward and in backward once more, by the block's forward where
+    that is run again; their gradients, summed and scattered in backward.
     """
     context, block = job.layout.context, job.shape.block
     if context == 1:
         return []
     own = job.local_tokens * block.kv_width * 2 / job.layout.tensor * job.shape.element_bytes
-    if direction == "backward":
-        return [Exchange("their gradients", "context", "reduce-scatter", context, 1, own * context)]
-    return [Exchange("keys and values", "context", "all-gather", context, 1, own)]
+    gather = Exchange("keys and values", "context", "all-gather", context, 1, own)
+    if direction != "backward":
+        return [gather]
+    scatter = Exchange("their gradients", "context", "reduce-scatter", context, 1, own * context)
+    return [scatter] if job.recompute == "full" else [gather, scatter]
 
 
 def _passes(job: Job) -> list[Pass]:

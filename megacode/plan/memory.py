@@ -28,8 +28,8 @@ from megacode.recipe import Recipe
 SUB_GROUP_ELEMENTS = 10**9
 """DeepSpeed's sub_group_size: ZeRO-3 updates so many elements of its partition at a time."""
 
-HEAD_COPIES = (1, 1, 4)
-"""Hidden states of the whole sequence in the head's backward, as `Moment.copies`."""
+HEAD_COPIES = (1, 1, 2)
+"""Hidden states in the head's backward, as `Moment.copies`."""
 
 Phase = Literal["forward", "backward", "reduction", "update"]
 

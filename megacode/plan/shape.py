@@ -43,8 +43,8 @@ class Moment:
     stream: float = 0.0
     """Bytes per token along the residual stream: whole on each tensor rank, or split by sequence parallelism."""
     copies: tuple[int, int, int] = (0, 0, 0)
-    """Hidden states of the whole sequence, as operands of what tensor ranks exchange: in one process; between tensor
-    ranks; between tensor ranks with sequence parallelism."""
+    """Hidden states of all tokens of a context rank, as operands of what tensor ranks exchange: in one process; between
+    tensor ranks; between tensor ranks with sequence parallelism."""
     weights: float = 0.0
     """Elements of gradients of weights, over all tensor ranks, that no accumulator has taken yet."""
     recompute: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -85,6 +85,8 @@ class Block:
     """Whether selective recomputation runs attention's forward twice."""
     moments: tuple[Moment, ...]
     """The worst ones of its backward. Full recomputation comes to them with all kept that `none` keeps."""
+    kept_again: float = 0.0
+    """What it keeps beyond that where full recomputation runs it again: bytes per token, shared by tensor ranks."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,9 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
     What backward keeps, per token, with w bytes an element (h hidden, k kv_heads * head_dim, f ffn, a heads):
     a norm keeps its fp32 input, the normalised values and its output; attention q, k, v, its output and a float a head;
     RoPE cos and sin; SwiGLU gate, up, silu(gate) and their product. Under bf16 the norm's fp32 input is a copy, and the
-    block's own input is not kept; under fp32 the two are one tensor. Context ranks keep k and v of the whole sequence,
-    and the output of attention twice: by chunk, and joined.
+    block's own input is not kept; under fp32 the two are one tensor. Context ranks keep the output of attention twice:
+    by segment, and joined (flash-attn has one). They keep their own k and v, except where full recomputation has run a
+    block again: those of the whole sequence.
 
     Args:
         model: with its vocabulary filled in.
@@ -145,7 +148,7 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
         Saved("norms' output", 2 * w * h, "sequence", ("none",)),
         Saved("norms' input", 2 * w * h, "sequence", ("selective",)),
         Saved("q, attention output", w * h * (1 + outputs), "tensor"),
-        Saved("k, v of the whole sequence", 2 * w * k * context, "tensor"),
+        Saved("k, v", 2 * w * k, "tensor"),
         Saved("attention's log-sum-exp", 4 * model.heads, "tensor"),
         Saved("cos, sin", 4 * model.head_dim, "never"),
         Saved("gate, up", w * 2 * f, "tensor"),
@@ -163,6 +166,7 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
         attention_backward=2.5,
         attention_again=False,
         moments=_llama_moments(w, h, f) + (_context_moments(w, h, k, f, context) if context > 1 else ()),
+        kept_again=_met(w, k, context) - 2 * w * k if context > 1 else 0.0,
     )
     normalised = 2 * w * h  # and the output: both are gone when the norm's backward is at its worst
     return Shape(
@@ -173,10 +177,13 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
 
 def _llama_traffic(w: int, h: int, k: int, f: int, context: int) -> tuple[Traffic, ...]:
     cast = 4 + w if w == 2 else 0  # to or from fp32; nothing where it is fp32 already
-    # k and v in one tensor, put in order, made one row; of their gradients two parts each, padded and added, put back.
+    # k and v in one tensor and, of all ranks', those that are met, which backward does again; their gradients added to
+    # zeros, and of what comes back those of k and of v.
+    met = _met(w, k, context)
     gathered = Traffic(
-        "whole keys and values", 4 * w * k + 8 * w * k * context + 2 * w * h, 28 * w * k * context + 2 * w * h, True
-    )
+        "whole keys and values", 4 * w * k + 2 * met + 2 * w * h,
+        2 * met + 2 * w * k * context + 3 * met + 4 * w * k + 2 * w * h, True,
+    )  # fmt: skip
     return (
         *([gathered] if context > 1 else []),
         Traffic("norms", 2 * h * (2 * cast + 20 + 2 * w), 2 * h * (2 * cast + 36 + 6 * w), False, True),
@@ -191,31 +198,43 @@ def _llama_moments(w: int, h: int, f: int) -> tuple[Moment, ...]:
     kept: tuple[Recompute, ...] = ("none", "full")
     stream, norm = w * h, NORM_BACKWARD * h
     wide = 4 * h if w == 2 else 0  # the norm's fp32 input, where it is a copy
-    # Of gate and up: the gathered input and the gradient, each with what it is gathered from or scattered to.
-    around = (1, 1, 4)
+    around = (1, 1, 2)  # of gate and up: the gradient of the input, and under sequence parallelism the gathered input
     return (
         Moment("down", w * f, stream, (0, 0, 1), h * f, kept),
         Moment("swiglu", 2 * w * f, stream, recompute=kept),
         Moment("gate, up", -2 * w * f, stream, around, 2 * h * f, kept),
         Moment("norm", -4 * w * f, stream - 2 * w * h + norm, recompute=kept),
-        Moment("swiglu again, down", 5 * w * f, stream, (0, 0, 1), h * f, ("selective",)),
-        Moment("norm again, gate, up", 0, stream + wide + w * h + norm, around, 2 * h * f, ("selective",)),
+        Moment("swiglu again, down", 4 * w * f, stream, (0, 0, 1), h * f, ("selective",)),
+        # The input was made again, and is kept no more.
+        Moment("norm again, gate, up", 0, stream + wide + w * h, (2, 2, 2), 2 * h * f, ("selective",)),
+        Moment("norm again", 0, stream + wide + w * h + norm, (0, 0, 0), 2 * h * f, ("selective",)),
     )
 
 
-def _context_moments(w: int, h: int, k: int, f: int, context: int) -> tuple[Moment, ...]:
-    """Where a block's keys and values are gathered: three times the whole sequence's, of which one is kept.
+def _met(w: int, k: int, context: int) -> int:
+    """Bytes of the keys and values that a context rank's queries meet, per token of the rank.
 
-    Beside them the rank's own, before and after rotation and as one tensor, and q before rotation; what follows in the
-    block is not there yet. It is so when a backward runs the block again, and in forward but for the residual stream's
-    gradient; attention's own backward has as many copies of gradients.
+    Of 2 c chunks, a chunk meets those before it and itself; a rank's two meet 2 c + 1 together.
     """
-    gathered = 4 * w * k * context + w * (h + 5 * k)
-    later = 2 * w * h  # outputs of attention
-    stream = w * h
+    return (2 * context + 1) * w * k
+
+
+def _context_moments(w: int, h: int, k: int, f: int, context: int) -> tuple[Moment, ...]:
+    """Of attention's backward, when what follows in the block is gone: keys and values that are met, and gradients of
+    these, of q and of the output, one copy of which is gone as well.
+
+    Full recomputation has these keys and values already. It has another moment before, when it gathers them in the
+    forward that it runs again: there are those of all ranks, the rank's own, before and after rotation and as one
+    tensor, and q before rotation; but no outputs yet.
+    """
+    met, stream = _met(w, k, context), w * h
+    none, selective = stream - (4 + 2 * w) * h, stream - w * h
+    gathered = 2 * w * k * context + w * (h + 5 * k) - 2 * w * h
     return (
-        Moment("keys and values", gathered - later - 4 * w * f, stream - (4 + 2 * w) * h, recompute=("none", "full")),
-        Moment("keys and values", gathered - later - 2 * w * f, stream - w * h, recompute=("selective",)),
+        Moment("attention", 2 * met + w * h - 4 * w * f, none, recompute=("none",)),
+        Moment("attention", 2 * met + w * h - 2 * w * f, selective, recompute=("selective",)),
+        Moment("attention", met + w * h - 4 * w * f, none, recompute=("full",)),
+        Moment("keys and values", gathered - 4 * w * f, none, recompute=("full",)),
     )
 
 

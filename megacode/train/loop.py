@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megacode.checkpoint import store
 from megacode.checkpoint.store import Progress
-from megacode.data.packing import Int64Array
 from megacode.data.stream import MicroBatch as HostBatch
 from megacode.data.stream import TrainStream, ValidationStream, step_indices
 from megacode.engine.zero import ZeroEngine
@@ -221,21 +219,17 @@ class Trainer:
         """
         mesh, micro = self.mesh, self.recipe.batch.micro_samples
         indices = step_indices(first, count, micro, mesh.data, mesh.data_rank)
-        host = [own_part(read(numbers), mesh.context, mesh.context_rank) for numbers in indices]
-        groups = [2 * batch.sources[:, None] + batch.infilled for batch in host]
-        counts = sum(
-            np.bincount(group[batch.labels != IGNORE], minlength=2 * len(self.stream.sources))
-            for group, batch in zip(groups, host, strict=True)
-        )
-        totals = torch.as_tensor(counts, dtype=torch.int64).to(self.device)
+        host = [own_part(_on_host(read(numbers)), mesh.context, mesh.context_rank) for numbers in indices]
+        counted = torch.cat([batch.groups[batch.labels != IGNORE] for batch in host if batch.groups is not None])
+        totals = torch.bincount(counted, minlength=2 * len(self.stream.sources)).to(self.device)
         with communicating("all-reduce", "data"):
             dist.all_reduce(totals, group=mesh.data_group)
-        return [_to_device(batch, group, self.device) for batch, group in zip(host, groups, strict=True)], totals
+        return [batch.to(self.device) for batch in host], totals
 
 
-def _to_device(batch: HostBatch, groups: Int64Array, device: torch.device) -> MicroBatch:
-    def move(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
-    cu_seqlens = None if batch.cu_seqlens is None else move(batch.cu_seqlens)
-    return MicroBatch(move(batch.tokens), move(batch.labels), move(batch.positions), cu_seqlens, move(groups))
+def _on_host(batch: HostBatch) -> MicroBatch:
+    """As tensors, with the group of each label."""
+    groups = torch.from_numpy(2 * batch.sources[:, None] + batch.infilled)
+    tokens, labels, positions = map(torch.from_numpy, (batch.tokens, batch.labels, batch.positions))
+    bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
+    return MicroBatch.whole(tokens, labels, positions, bounds, groups)

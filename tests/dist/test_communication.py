@@ -18,6 +18,7 @@ LAYOUTS = [
     (2, {"tensor": 2, "sequence": True, "recompute": "full"}),
     (2, {"tensor": 2, "sequence": True, "recompute": "selective"}),
     (2, {"context": 2}),
+    (2, {"context": 2, "recompute": "selective"}),
     (2, {"context": 2, "recompute": "full"}),
     (2, {"pipeline": 2}),
     (2, {"pipeline": 2, "virtual_stages": 2}),

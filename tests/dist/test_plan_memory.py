@@ -31,7 +31,7 @@ SMALL_VOCABULARY = [
     (2, "bf16", {"tensor": 2, "sequence": True, "recompute": "selective"}),
     (2, "fp32", {"pipeline": 2, "recompute": "selective"}),
     (2, "fp32", {"pipeline": 2, "recompute": "full"}),
-    (4, "bf16", {"context": 4, "recompute": "full"}),
+    *((4, "bf16", {"context": 4, "recompute": recompute}) for recompute in ("none", "selective", "full")),
 ]
 """Blocks, not logits, are the worst moment: longer sequences and hardly a vocabulary."""
 

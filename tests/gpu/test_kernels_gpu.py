@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megacode.kernels import dispatch
-from megacode.kernels.attention import attention_flash, attention_torch
+from megacode.kernels.attention import Segments, attention_flash, attention_torch
 from megacode.kernels.rope import rope_torch, rope_triton
 
 pytestmark = [
@@ -41,13 +41,13 @@ def test_attention_flash(bounds):
     q, k, v = (
         torch.randn(2, 1024, heads, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2)
     )
-    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")
-    exact = attention_torch(q.float(), k.float(), v.float(), cu_seqlens)
+    segments = None if bounds is None else Segments.between(bounds).to(torch.device("cuda"))
+    exact = attention_torch(q.float(), k.float(), v.float(), segments)
     weights = torch.randn_like(exact)
     exact_grads = torch.autograd.grad(exact, (q, k, v), weights)
     errors = []
     for attention in (attention_flash, attention_torch):
-        out = attention(q, k, v, cu_seqlens)
+        out = attention(q, k, v, segments)
         grads = torch.autograd.grad(out, (q, k, v), weights.bfloat16())
         pairs = zip((out, *grads), (exact, *exact_grads), strict=True)
         errors.append([(x.float() - y.float()).abs().max().item() for x, y in pairs])

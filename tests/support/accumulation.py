@@ -26,7 +26,7 @@ def accumulated(config: Recipe, arithmetic: str, sums: str) -> Gradients:
     totals = {name: torch.zeros_like(p, dtype=DTYPES[sums]) for name, p in model.named_parameters()}
     for i in range(len(tokens)):
         batch = micro_batch(config, tokens[i : i + 1], labels[i : i + 1])
-        (model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels).sum() * scale).backward()
+        (model(batch.tokens, batch.positions, batch.segments, batch.labels).sum() * scale).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
             totals[name] += parameter.grad

@@ -71,14 +71,14 @@ def samples(config: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def micro_batch(config: Recipe, tokens: torch.Tensor, labels: torch.Tensor) -> MicroBatch:
     batch, sequence = tokens.shape
     positions = torch.arange(sequence).expand(batch, sequence)
-    cu_seqlens = None
+    bounds = None
     if config.data.document_masks:  # two segments a sample, the cut moving with the sample's first token
         cuts = [b * sequence + c for b in range(batch) for c in (0, 1 + int(tokens[b, 0]) % (sequence - 1))]
-        cu_seqlens = torch.tensor([*cuts, batch * sequence], dtype=torch.int32)
-        starts = cu_seqlens[:-1].long()
+        bounds = [*cuts, batch * sequence]
+        starts = torch.tensor(cuts)
         flat = torch.arange(batch * sequence)
         positions = (flat - starts[torch.searchsorted(starts, flat, right=True) - 1]).view(batch, sequence)
-    return MicroBatch(tokens, labels, positions, cu_seqlens)
+    return MicroBatch.whole(tokens, labels, positions, bounds)
 
 
 def micro_batches(config: Recipe, mesh: Any, tokens: torch.Tensor, labels: torch.Tensor) -> list[MicroBatch]:
@@ -111,7 +111,7 @@ def reference(config: Recipe, steps: int, fused: bool = False) -> Outcome:
         total = 0.0
         for i in range(len(tokens)):
             batch = micro_batch(config, tokens[i : i + 1], labels[i : i + 1])
-            losses = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
+            losses = model(batch.tokens, batch.positions, batch.segments, batch.labels)
             loss = losses.sum() / (labels != IGNORE).sum()
             loss.backward()
             total += loss.item()
@@ -123,7 +123,7 @@ def reference(config: Recipe, steps: int, fused: bool = False) -> Outcome:
     outcome.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     batch = micro_batch(config, *samples(config, VALIDATION_STEP))
     with torch.no_grad():
-        outcome.validation = float(model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels).sum())
+        outcome.validation = float(model(batch.tokens, batch.positions, batch.segments, batch.labels).sum())
     return outcome
 
 

@@ -6,10 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from megacode.kernels.attention import attention_torch
-from megacode.parallel.context import ContextAttention, _GatherSequence, context_columns, own_part, query_segments
+from megacode.model.layers import PlainLayers
+from megacode.model.llama import Llama
+from megacode.parallel.context import ContextAttention, context_columns, own_part, query_segments
 from megacode.parallel.pipeline import MicroBatch
+from megacode.recipe import ModelSection
 
 
 @given(st.integers(1, 6), st.integers(1, 5))
@@ -37,8 +41,11 @@ def test_query_segments_hold_just_what_a_token_may_see(case):
     size = sequence // (2 * ranks)
     for rank in range(ranks):
         chunks = (rank, 2 * ranks - 1 - rank)
-        spans, queries, keys = query_segments(bounds, batch, sequence, size, chunks)
-        flat_keys = [key for start, stop in spans for key in range(start, stop)]
+        queries, keys, stretches = query_segments(bounds, batch, sequence, size, chunks)
+        firsts = [at.row * sequence + at.chunk * size for at in stretches]
+        flat_keys = [
+            first + key for first, at in zip(firsts, stretches, strict=True) for key in range(at.start, at.stop)
+        ]
         columns = context_columns(sequence, ranks, rank)
         flat_queries = [row * sequence + column for row in range(batch) for column in columns]
         assert (queries[-1], keys[-1]) == (len(flat_queries), len(flat_keys))
@@ -48,34 +55,100 @@ def test_query_segments_hold_just_what_a_token_may_see(case):
                 assert flat_keys[k0 : k1 - back] == list(range(start, query + 1))
 
 
+class Ranks:
+    """Context ranks that take turns in one process: a gather gives the parts of all, a scatter takes notes."""
+
+    def __init__(self, monkeypatch, parts):
+        self.parts, self.given, self.gathers = parts, [], 0
+        monkeypatch.setattr("torch.distributed.all_gather_into_tensor", self._gather)
+        monkeypatch.setattr("torch.distributed.reduce_scatter_tensor", self._scatter)
+
+    def size(self):
+        return len(self.parts)
+
+    def _gather(self, output, given, group):
+        self.gathers += 1
+        output.copy_(torch.cat(self.parts))
+
+    def _scatter(self, output, given, group):
+        self.given.append(given)
+        output.zero_()
+
+
+def in_chunks(x, ranks):
+    """[batch, sequence, ...] -> each rank's early and late chunk."""
+    chunks = x.detach().chunk(2 * ranks, 1)
+    return [(chunks[rank], chunks[2 * ranks - 1 - rank]) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(("keep", "gathers"), [(False, 2), (True, 1)])
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize(("ranks", "batch"), [(2, 1), (3, 2)])
-def test_each_ranks_attention_is_its_part_of_the_whole(monkeypatch, ranks, batch, masks):
+def test_each_ranks_attention_is_its_part_of_the_whole(monkeypatch, ranks, batch, masks, keep, gathers):
+    """Outputs and gradients, those of keys and values summed over ranks."""
     generator = torch.Generator().manual_seed(0)
     sequence, heads, kv_heads, head_dim = 4 * ranks, 4, 2, 8
-    q = torch.randn(batch, sequence, heads, head_dim, generator=generator)
-    k, v = torch.randn(2, batch, sequence, kv_heads, head_dim, generator=generator)
-    cu_seqlens = None
-    if masks:
-        starts = [row * sequence + cut for row in range(batch) for cut in (0, 1, 5)]
-        cu_seqlens = torch.tensor([*starts, batch * sequence], dtype=torch.int32)
-    whole = attention_torch(q, k, v, cu_seqlens)
-    monkeypatch.setattr(_GatherSequence, "apply", lambda local, group: torch.stack((k, v)))
+    q, k, v, weights = (
+        torch.randn(batch, sequence, n, head_dim, generator=generator).requires_grad_()
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
+    starts = [row * sequence + cut for row in range(batch) for cut in ((0, 1, 5) if masks else (0,))]
+    tokens = torch.zeros(batch, sequence, dtype=torch.int64)
+    micro_batch = MicroBatch.whole(tokens, tokens, tokens, [*starts, batch * sequence] if masks else None)
+    whole = attention_torch(q, k, v, micro_batch.segments)
+    expected = torch.autograd.grad(whole, (q, k, v), weights)
+    halves = [in_chunks(x, ranks) for x in (k, v)]
+    group = Ranks(
+        monkeypatch, [torch.stack([own[rank][half] for half in range(2) for own in halves]) for rank in range(ranks)]
+    )
     for rank in range(ranks):
-        group = type("Group", (), {"size": lambda self: ranks, "rank": lambda self, rank=rank: rank})()
+        segments = own_part(micro_batch, ranks, rank).segments
         mine = context_columns(sequence, ranks, rank)
-        part = ContextAttention(group, attention_torch)(q[:, mine], k[:, mine], v[:, mine], cu_seqlens)
+        own = [x[:, mine].detach().requires_grad_() for x in (q, k, v)]
+        part = ContextAttention(group, attention_torch, keep)(*own, segments)
         torch.testing.assert_close(part, whole[:, mine])
+        found = torch.autograd.grad(part, own, weights[:, mine])
+        torch.testing.assert_close(found[0], expected[0][:, mine])
+    assert group.gathers == gathers * ranks
+    sums = sum(group.given).view(ranks, 2, 2, batch, -1, kv_heads, head_dim)  # [rank, half, k or v, ...]
+    for i, gradient in enumerate(expected[1:]):
+        for rank, own in enumerate(in_chunks(gradient, ranks)):
+            torch.testing.assert_close(tuple(sums[rank, :, i]), own)
 
 
-def test_own_part_cuts_what_belongs_to_tokens_only():
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_layer_never_asks_the_device(monkeypatch, ranks, recompute):
+    """Forward and backward with document masks, on the meta device: whoever asks it for a value gets an error."""
+    sequence, device = 16, torch.device("meta")
+    tokens = torch.zeros(2, sequence, dtype=torch.int64)
+    whole = MicroBatch.whole(tokens, tokens, tokens, [0, 3, 16, 16, 25, 32])
+    batch = own_part(whole, ranks, 1 % ranks).to(device)
+    layers = PlainLayers(device, recompute=recompute)
+    if ranks > 1:
+        monkeypatch.setattr("torch.distributed.all_gather_into_tensor", lambda *tensors, group: None)
+        monkeypatch.setattr("torch.distributed.reduce_scatter_tensor", lambda *tensors, group: None)
+        group = type("Group", (), {"size": lambda self: ranks})()
+        layers.attention = ContextAttention(group, layers.attention)
+    section = ModelSection(vocabulary=32, hidden=16, layers=1, heads=2, kv_heads=1, ffn=32, max_positions=sequence)
+    with device:
+        model = Llama(section, layers)
+    losses = model(batch.tokens, batch.positions, batch.segments, batch.labels)
+    losses.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    for ask in (Tensor.tolist, Tensor.nonzero, lambda x: x.max().item()):
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            ask(batch.segments.cu_seqlens)
+
+
+def test_own_part_cuts_what_belongs_to_tokens():
     tokens = torch.arange(16).view(2, 8)
-    cu_seqlens = torch.tensor([0, 8, 16])
-    batch = MicroBatch(tokens, tokens + 1, tokens % 8, cu_seqlens)
+    batch = MicroBatch.whole(tokens, tokens + 1, tokens % 8, [0, 8, 9, 16])
     part = own_part(batch, 2, 1)
     assert part.tokens.tolist() == [[2, 3, 4, 5], [10, 11, 12, 13]]
     assert part.labels.tolist() == [[3, 4, 5, 6], [11, 12, 13, 14]]
     assert part.positions.tolist() == [[2, 3, 4, 5]] * 2
     assert part.groups is None
-    assert part.cu_seqlens is cu_seqlens
+    assert part.segments.cu_seqlens.tolist() == [0, 2, 4, 6, 8]  # two chunks of two sequences
+    assert part.segments.lengths_k == (4, 6, 3, 5)  # the second sequence's first token is a document of its own
     assert own_part(batch, 1, 0) is batch

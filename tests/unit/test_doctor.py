@@ -14,7 +14,7 @@ from megacode.data.packing import join
 from megacode.doctor import kernels, leakage, machine, report, versions
 from megacode.doctor.finding import Finding
 from megacode.kernels import dispatch
-from megacode.kernels.attention import attention_torch
+from megacode.kernels.attention import Segments, attention_torch
 from megacode.kernels.rope import rope_torch
 
 CPU = torch.device("cpu")
@@ -170,11 +170,11 @@ def test_a_kernel_that_errs_is_found(dtype):
     def late(q, k, positions, theta):
         return rope_torch(q, k, positions + 1, theta)
 
-    def without_group(q, k, v, *bounds):
-        return attention_torch(q, k.flip(2), v, *bounds)
+    def without_group(q, k, v, segments):
+        return attention_torch(q, k.flip(2), v, segments)
 
-    def backward_errs(q, k, v, *bounds):
-        return attention_torch(q, k, v + 0.05 * (v - v.detach()), *bounds)
+    def backward_errs(q, k, v, segments):
+        return attention_torch(q, k, v + 0.05 * (v - v.detach()), segments)
 
     def fails(*arguments):
         raise RuntimeError("no kernel image is available")
@@ -196,14 +196,13 @@ def test_a_mask_that_begins_at_the_first_key_is_found(documents):
         parts = x.flatten(0, 1).split(lengths_k)
         return torch.cat([part[:count] for part, count in zip(parts, lengths, strict=True)])
 
-    def aligned_to_the_first(q, k, v, cu_seqlens, cu_seqlens_k=None):
-        if cu_seqlens is None and not documents:
+    def aligned_to_the_first(q, k, v, segments):
+        if segments is None and not documents:
             return attention_torch(q, k[:, : q.shape[1]], v[:, : q.shape[1]], None)
-        if cu_seqlens_k is None or not documents:
-            return attention_torch(q, k, v, cu_seqlens, cu_seqlens_k)
-        lengths, lengths_k = cu_seqlens.diff().tolist(), cu_seqlens_k.diff().tolist()
-        k, v = (first_keys(x, lengths, lengths_k)[None] for x in (k, v))
-        return attention_torch(q, k, v, cu_seqlens)
+        if segments is None or not documents:
+            return attention_torch(q, k, v, segments)
+        k, v = (first_keys(x, segments.lengths, segments.lengths_k)[None] for x in (k, v))
+        return attention_torch(q, k, v, Segments.between(segments.cu_seqlens.tolist()))
 
     finding = kernels.check_twin("attention", "x", aligned_to_the_first, CPU, torch.float32)
     name = "documents with fewer queries than keys" if documents else "fewer queries than keys"
@@ -223,23 +222,26 @@ def test_attention_that_leaks_is_found(dtype):
         return leakage.check_attention("masks", attention, CPU, dtype)
 
     assert check(attention_torch).state == "ok"
-    leaking = check(lambda q, k, v, cu_seqlens: attention_torch(q, k, v, None))
+    leaking = check(lambda q, k, v, segments: attention_torch(q, k, v, None))
     assert leaking.state == "WRONG"
     for what in ("output", "gradient of q", "gradient of k", "gradient of v", "gradient across documents"):
         assert what in leaking.text
-    # Every bound a token late: a document sees the last token of the one before.
-    shifted = check(
-        lambda q, k, v, cu: attention_torch(q, k, v, cu if cu is None else (cu + 1).clamp(max=256) * (cu > 0))
-    )
-    assert shifted.state == "WRONG"
-    blind = check(lambda q, k, v, cu_seqlens: v.repeat_interleave(2, dim=2) + 0 * (q + k.repeat_interleave(2, dim=2)))
+
+    def late(q, k, v, segments):
+        """Every bound a token late: a document sees the last token of the one before."""
+        bounds = [] if segments is None else segments.cu_seqlens.tolist()
+        shifted = segments and Segments.between([0, *(bound + 1 for bound in bounds[1:-1]), bounds[-1]])
+        return attention_torch(q, k, v, shifted)
+
+    assert check(late).state == "WRONG"
+    blind = check(lambda q, k, v, segments: v.repeat_interleave(2, dim=2) + 0 * (q + k.repeat_interleave(2, dim=2)))
     assert (blind.state, "do not see each other" in blind.text) == ("WRONG", True)
 
 
 def test_a_leak_in_the_backward_alone_is_found():
-    def attention(q, k, v, cu_seqlens):
+    def attention(q, k, v, segments):
         leak = attention_torch(q, k, v, None)
-        return attention_torch(q, k, v, cu_seqlens) + 1e-6 * (leak - leak.detach())
+        return attention_torch(q, k, v, segments) + 1e-6 * (leak - leak.detach())
 
     finding = leakage.check_attention("masks", attention, CPU, torch.float32)
     assert (finding.state, "gradient across documents" in finding.text) == ("WRONG", True)
@@ -248,10 +250,10 @@ def test_a_leak_in_the_backward_alone_is_found():
 def test_a_backward_that_is_not_reproducible_is_no_leak():
     calls = []
 
-    def attention(q, k, v, cu_seqlens):
+    def attention(q, k, v, segments):
         calls.append(1)
         noise = 1 + 1e-7 * (len(calls) % 2)  # runs 1 and 2 differ by it, runs 1 and 3 do not
-        return attention_torch(q, k, v, cu_seqlens) + (noise - 1) * (q - q.detach())
+        return attention_torch(q, k, v, segments) + (noise - 1) * (q - q.detach())
 
     assert leakage.check_attention("masks", attention, CPU, torch.float32).state == "ok"
 
@@ -268,7 +270,7 @@ def test_packing_that_ignores_documents_is_found():
 def test_a_leak_makes_the_command_fail(monkeypatch, tmp_path):
     """The whole command on a machine whose attention ignores bounds: exit code 1, and the file says why."""
     torch_backend = dispatch.TABLE["attention"]["torch"]
-    leaking = dispatch.Backend(torch_backend.refusal, lambda q, k, v, *bounds: attention_torch(q, k, v, None))
+    leaking = dispatch.Backend(torch_backend.refusal, lambda q, k, v, segments: attention_torch(q, k, v, None))
     monkeypatch.setitem(dispatch.TABLE["attention"], "torch", leaking)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

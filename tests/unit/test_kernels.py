@@ -20,7 +20,7 @@ from torch import Tensor
 import megacode
 from megacode.errors import UserError
 from megacode.kernels import dispatch
-from megacode.kernels.attention import attention_flash, attention_torch
+from megacode.kernels.attention import Segments, attention_flash, attention_torch
 from megacode.kernels.rope import inverse_frequencies, rope_torch, rope_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -229,7 +229,7 @@ def test_attention_torch_is_the_definition(shape, seed):
         torch.randn(batch, sequence, count, 8, generator=generator, requires_grad=True)
         for count in (heads, kv_heads, kv_heads)
     )
-    out = attention_torch(q, k, v, None if bounds is None else torch.tensor(bounds, dtype=torch.int32))
+    out = attention_torch(q, k, v, None if bounds is None else Segments.between(bounds))
     rows = list(range(0, batch * sequence + 1, sequence))
     expected = attention_loop(q, k, v, rows if bounds is None else bounds)
     # Means of at most 18 values up to 4: fp32's 6e-8 times a handful of roundings.
@@ -245,9 +245,9 @@ def test_attention_torch_is_the_definition(shape, seed):
 def test_attention_torch_in_bf16_has_softmax_in_fp32(bounds):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 512, heads, 32, generator=generator).bfloat16() for heads in (4, 2, 2))
-    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    out = attention_torch(q, k, v, cu_seqlens)
-    expected = attention_torch(q.float(), k.float(), v.float(), cu_seqlens)
+    segments = None if bounds is None else Segments.between(bounds)
+    out = attention_torch(q, k, v, segments)
+    expected = attention_torch(q.float(), k.float(), v.float(), segments)
     assert out.dtype == torch.bfloat16
     # Weights and the result are rounded to bf16 (2^-9 relative each) of values up to max |v|; a softmax that sums 512
     # terms in bf16 (8 bits) would be off by a large part of itself.
@@ -303,8 +303,8 @@ def package(tmp_path, monkeypatch):
 def test_attention_flash_calls_the_package_rightly(package, bounds):
     package({"flash_attn.py": FLASH_ATTN})
     q, k, v = (torch.randn(2, 10, heads, 8) for heads in (4, 2, 2))
-    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    torch.testing.assert_close(attention_flash(q, k, v, cu_seqlens), attention_torch(q, k, v, cu_seqlens))
+    segments = None if bounds is None else Segments.between(bounds)
+    torch.testing.assert_close(attention_flash(q, k, v, segments), attention_torch(q, k, v, segments))
 
 
 @pytest.mark.parametrize("attention", [attention_torch, attention_flash])
@@ -313,16 +313,16 @@ def test_queries_may_be_the_last_tokens_of_what_the_keys_are_of(package, attenti
     package({"flash_attn.py": FLASH_ATTN})
     q, k, v = (torch.randn(2, 10, heads, 8) for heads in (4, 2, 2))
     torch.testing.assert_close(attention(q[:, 7:], k, v, None), attention_torch(q, k, v, None)[:, 7:])
-    whole = torch.tensor([0, 3, 14, 20], dtype=torch.int32)
+    whole = [0, 3, 14, 20]
     kept = [
         1,
         2,
         *range(6, 14),
         *range(14, 20),
     ]  # the first segment's last two tokens, the second's last eight, a third
-    few = torch.tensor([0, 2, 10, 16], dtype=torch.int32)
-    expected = attention_torch(q, k, v, whole).flatten(0, 1)[kept]
-    torch.testing.assert_close(attention(q.flatten(0, 1)[kept][None], k, v, few, whole)[0], expected)
+    few = Segments.between([0, 2, 10, 16], whole)
+    expected = attention_torch(q, k, v, Segments.between(whole)).flatten(0, 1)[kept]
+    torch.testing.assert_close(attention(q.flatten(0, 1)[kept][None], k, v, few)[0], expected)
 
 
 # ---- dispatch

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megacode.kernels.attention import Segments
 from megacode.model.layers import IGNORE, Slice, initial_values
 from megacode.model.llama import Llama, initialise, num_parameters
 from megacode.recipe import ModelSection
@@ -48,15 +49,15 @@ def test_logits_and_gradients_equal_transformers(kv_heads, theta, masks):
     flat = torch.arange(batch * sequence)
     segments = torch.bucketize(flat, torch.tensor(cuts), right=True).view(batch, sequence)
     positions = (flat - torch.tensor(cuts)[segments.flatten() - 1]).view(batch, sequence)
-    cu_seqlens = torch.tensor(cuts, dtype=torch.int32) if masks else None
+    documents = Segments.between(cuts) if masks else None
     allowed = (segments.unsqueeze(2) == segments.unsqueeze(1)) & torch.ones(sequence, sequence).tril().bool()
     bias = torch.zeros(batch, 1, sequence, sequence).masked_fill(~allowed.unsqueeze(1), torch.finfo(torch.float32).min)
 
-    logits = model(tokens, positions, cu_seqlens)
+    logits = model(tokens, positions, documents)
     expected = hf(input_ids=tokens, position_ids=positions, attention_mask=bias).logits
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
-    loss = model(tokens, positions, cu_seqlens, labels).sum()
+    loss = model(tokens, positions, documents, labels).sum()
     loss.backward()
     expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum")
     expected_loss.backward()

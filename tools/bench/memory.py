@@ -117,14 +117,14 @@ def live_bytes(recipe: Recipe, mesh: Mesh) -> int:
     from megacode.engine.zero import DTYPES, ZeroEngine, start_deepspeed
     from megacode.model.layers import initial_values, part_of
     from megacode.parallel.context import own_part
-    from megacode.parallel.live import LiveBytes, uncounted_masks
+    from megacode.parallel.live import LiveBytes, uncounted_on_cpu
 
     importlib.import_module("torch._dynamo")  # zero.Init imports it while torch.Tensor is patched, which it refuses
     start_deepspeed()
     layout = fit(recipe, torch.distributed.get_world_size())
     whole = [micro_batch(*batch) for batch in step_batches(recipe, 0, mesh.data_rank, mesh.data)]
     batches = [own_part(batch, mesh.context, mesh.context_rank) for batch in whole]
-    with uncounted_masks(DTYPES[recipe.precision]), LiveBytes() as live:
+    with uncounted_on_cpu(DTYPES[recipe.precision]), LiveBytes() as live:
         zero = ZeroEngine(recipe, layout, mesh, torch.device("cpu"))
         for name, parameter in zero.parameters.items():
             part = part_of(parameter)

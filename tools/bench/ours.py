@@ -20,7 +20,7 @@ def micro_batch(tokens: Tensor, labels: Tensor) -> MicroBatch:
     from megacode.parallel.pipeline import MicroBatch
 
     batch, sequence = tokens.shape
-    return MicroBatch(tokens, labels, torch.arange(sequence).expand(batch, sequence), None)
+    return MicroBatch.whole(tokens, labels, torch.arange(sequence).expand(batch, sequence))
 
 
 def engine(recipe: Recipe) -> Step:
