@@ -222,7 +222,7 @@ class Trainer:
         host = [own_part(_on_host(read(numbers)), mesh.context, mesh.context_rank) for numbers in indices]
         counted = torch.cat([batch.groups[batch.labels != IGNORE] for batch in host if batch.groups is not None])
         totals = torch.bincount(counted, minlength=2 * len(self.stream.sources)).to(self.device)
-        batches = [batch.to(self.device) for batch in host]  # before the reduction: a copy may wait for what is enqueued
+        batches = [batch.to(self.device) for batch in host]  # first: a copy may wait for what is enqueued
         with communicating("all-reduce", "data"):
             dist.all_reduce(totals, group=mesh.data_group)
         return batches, totals
