@@ -16,6 +16,11 @@ SEED = 7
 SHAPES: dict[str, dict[str, Any]] = {
     # 0.2 million parameters: the tool's own test.
     "nano": {"model": {"preset": "nano", "vocabulary": 512}, "micro_samples": 1, "sequence_length": 32},
+    # 0.1 million, with heads for eight tensor ranks: its sums and gathers cost more than its products.
+    "atom": {
+        "model": {"layers": 2, "hidden": 64, "heads": 8, "kv_heads": 8, "ffn": 128, "vocabulary": 512},
+        "micro_samples": 1, "sequence_length": 32,
+    },
     # 3.4 million, MHA: the demo's model.
     "micro": {"model": {"preset": "micro", "vocabulary": 4112}, "micro_samples": 2, "sequence_length": 512},
     # 31.6 million, GQA.
@@ -58,6 +63,11 @@ def contest_recipe(shape: str, num_micro_batches: int, parallel: dict[str, Any],
             "schedule": {"steps": 10**6},
         }
     )
+
+
+def layout_words(parallel: dict[str, Any]) -> str:
+    """A recipe's section `parallel` for a table's cell."""
+    return ", ".join(key if value is True else f"{key} {value}" for key, value in parallel.items())
 
 
 def step_batches(recipe: Recipe, step: int, rank: int, processes: int) -> list[tuple[Tensor, Tensor]]:
