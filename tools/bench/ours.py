@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from megacode.recipe import Recipe
@@ -29,11 +30,18 @@ def mesh_of(recipe: Recipe) -> Mesh:
     """The mesh of the recipe's layout over all processes. Collective."""
     import torch.distributed as dist
 
-    from megacode.parallel.mesh import build_mesh
     from megacode.plan.layout import fit
 
     layout = fit(recipe, dist.get_world_size())
-    return build_mesh(layout.pipeline, layout.data, layout.tensor, layout.context)
+    return _mesh(layout.pipeline, layout.data, layout.tensor, layout.context)
+
+
+@functools.cache
+def _mesh(pipeline: int, data: int, tensor: int, context: int) -> Mesh:
+    """One for all recipes that it serves: gloo's threads poll, and take part of a core where many groups are idle."""
+    from megacode.parallel.mesh import build_mesh
+
+    return build_mesh(pipeline, data, tensor, context)
 
 
 def start_engine(recipe: Recipe, mesh: Mesh) -> ZeroEngine:
