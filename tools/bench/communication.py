@@ -18,8 +18,8 @@ from megacode.plan.communication import Exchange, exchanges
 from megacode.plan.layout import fit
 from megacode.plan.memory import recipe_job
 from megacode.recipe import Recipe
-from megacode.tools.bench.contest import contest_recipe, step_batches
-from megacode.tools.bench.ours import micro_batch
+from megacode.tools.bench.contest import contest_recipe, layout_words, step_batches
+from megacode.tools.bench.ours import mesh_of, micro_batch, start_engine
 from megacode.tools.bench.processes import Team
 
 if TYPE_CHECKING:
@@ -75,19 +75,10 @@ class Row:
 
 def count_step(recipe: Recipe, mesh: Mesh) -> list[Call]:
     """What this rank exchanges in a step: forwards, backwards, update. Collective over all ranks."""
-    import torch
-
-    from megacode.engine.zero import ZeroEngine, start_deepspeed
-    from megacode.model.layers import initial_values, part_of
     from megacode.parallel.context import own_part
     from megacode.parallel.traffic import Traffic
 
-    start_deepspeed()
-    layout = fit(recipe, torch.distributed.get_world_size())
-    zero = ZeroEngine(recipe, layout, mesh, torch.device("cpu"))
-    for name, parameter in zero.parameters.items():
-        part = part_of(parameter)
-        zero.write(name, part.take(initial_values(name, part, recipe.seed)))
+    zero = start_engine(recipe, mesh)
     for number in range(STEPS):
         whole = [micro_batch(*batch) for batch in step_batches(recipe, number, mesh.data_rank, mesh.data)]
         batches = [own_part(batch, mesh.context, mesh.context_rank) for batch in whole]
@@ -129,12 +120,7 @@ def compare_ranks(recipe: Recipe, ranks: list[list[Call]]) -> list[list[Row]]:
 
 def serve(recipe: Recipe) -> Callable[[str, int], list[Call]]:
     """What a rank answers: its calls."""
-    import torch.distributed as dist
-
-    from megacode.parallel.mesh import build_mesh
-
-    layout = fit(recipe, dist.get_world_size())
-    mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, layout.context)
+    mesh = mesh_of(recipe)
     return lambda request, count: count_step(recipe, mesh)
 
 
@@ -195,8 +181,7 @@ def table(found: list[Case]) -> str:
 
 
 def _describe(recipe: Recipe) -> str:
-    section = {**recipe.parallel.model_dump(exclude_defaults=True), "zero": recipe.parallel.zero}
-    return ", ".join(key if value is True else f"{key} {value}" for key, value in section.items())
+    return layout_words({**recipe.parallel.model_dump(exclude_defaults=True), "zero": recipe.parallel.zero})
 
 
 def _span(bounds: tuple[float, float], unit: int) -> str:

@@ -12,10 +12,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SEED = 7
+LOSS_TOLERANCE = 1e-4
+"""Largest relative difference of a step's losses between contestants: beyond it they do not train the same."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     # 0.2 million parameters: the tool's own test.
     "nano": {"model": {"preset": "nano", "vocabulary": 512}, "micro_samples": 1, "sequence_length": 32},
+    # 0.1 million, with heads for eight tensor ranks: its sums and gathers cost more than its products.
+    "atom": {
+        "model": {"layers": 2, "hidden": 64, "heads": 8, "kv_heads": 8, "ffn": 128, "vocabulary": 512},
+        "micro_samples": 1, "sequence_length": 32,
+    },
     # 3.4 million, MHA: the demo's model.
     "micro": {"model": {"preset": "micro", "vocabulary": 4112}, "micro_samples": 2, "sequence_length": 512},
     # 31.6 million, GQA.
@@ -31,8 +38,17 @@ Step = Callable[["list[tuple[Tensor, Tensor]]"], float]
 rank's mean loss."""
 
 
-def contest_recipe(shape: str, num_micro_batches: int, parallel: dict[str, Any], processes: int) -> Recipe:
+def contest_recipe(
+    shape: str, num_micro_batches: int, parallel: dict[str, Any], processes: int, micro_samples: int | None = None
+) -> Recipe:
     """The shape's training, fp32, `num_micro_batches` to a step on each of `processes` data ranks.
+
+    Args:
+        shape: one of `SHAPES`.
+        num_micro_batches: of a data rank.
+        parallel: the recipe's section.
+        processes: data ranks.
+        micro_samples: instead of the shape's.
 
     Raises:
         UserError: there is no such shape.
@@ -40,6 +56,7 @@ def contest_recipe(shape: str, num_micro_batches: int, parallel: dict[str, Any],
     if shape not in SHAPES:
         raise UserError(f"--shape {shape} is unknown; known are {', '.join(SHAPES)}")
     sizes = SHAPES[shape]
+    micro_samples = micro_samples or sizes["micro_samples"]
     return Recipe.model_validate(
         {
             "run": "unused",
@@ -50,14 +67,34 @@ def contest_recipe(shape: str, num_micro_batches: int, parallel: dict[str, Any],
             "data": {"train": "unused"},
             "parallel": parallel,
             "batch": {
-                "global_samples": sizes["micro_samples"] * num_micro_batches * processes,
-                "micro_samples": sizes["micro_samples"],
+                "global_samples": micro_samples * num_micro_batches * processes,
+                "micro_samples": micro_samples,
                 "sequence_length": sizes["sequence_length"],
             },
             "optimizer": {"learning_rate": 1e-3},
             "schedule": {"steps": 10**6},
         }
     )
+
+
+def check_losses(step: int, losses: dict[str, float]) -> None:
+    """Compare contestants' (name -> loss) losses of a step, counted from 1, with the first one's.
+
+    Raises:
+        RuntimeError: one differs.
+    """
+    first, expected = next(iter(losses.items()))
+    for name, loss in losses.items():
+        if not abs(loss - expected) <= LOSS_TOLERANCE * abs(expected):
+            raise RuntimeError(
+                f"step {step}: the loss of {name} is {loss:.6f} and that of {first} {expected:.6f}; they do not train "
+                f"the same, so there is nothing to compare"
+            )
+
+
+def layout_words(parallel: dict[str, Any]) -> str:
+    """A recipe's section `parallel` for a table's cell."""
+    return ", ".join(key if value is True else f"{key} {value}" for key, value in parallel.items())
 
 
 def step_batches(recipe: Recipe, step: int, rank: int, processes: int) -> list[tuple[Tensor, Tensor]]:

@@ -18,8 +18,8 @@ from megacode.errors import UserError
 from megacode.plan.layout import fit
 from megacode.plan.memory import stage_memory
 from megacode.recipe import Recipe
-from megacode.tools.bench.contest import step_batches
-from megacode.tools.bench.ours import micro_batch
+from megacode.tools.bench.contest import layout_words, step_batches
+from megacode.tools.bench.ours import mesh_of, micro_batch, start_engine
 from megacode.tools.bench.processes import Team
 
 if TYPE_CHECKING:
@@ -112,23 +112,15 @@ def case_recipe(
 
 def live_bytes(recipe: Recipe, mesh: Mesh) -> int:
     """Most bytes of tensors that live at once in a step of this rank. Collective over all ranks."""
-    import torch
-
-    from megacode.engine.zero import DTYPES, ZeroEngine, start_deepspeed
-    from megacode.model.layers import initial_values, part_of
+    from megacode.engine.zero import DTYPES
     from megacode.parallel.context import own_part
     from megacode.parallel.live import LiveBytes, uncounted_on_cpu
 
     importlib.import_module("torch._dynamo")  # zero.Init imports it while torch.Tensor is patched, which it refuses
-    start_deepspeed()
-    layout = fit(recipe, torch.distributed.get_world_size())
     whole = [micro_batch(*batch) for batch in step_batches(recipe, 0, mesh.data_rank, mesh.data)]
     batches = [own_part(batch, mesh.context, mesh.context_rank) for batch in whole]
     with uncounted_on_cpu(DTYPES[recipe.precision]), LiveBytes() as live:
-        zero = ZeroEngine(recipe, layout, mesh, torch.device("cpu"))
-        for name, parameter in zero.parameters.items():
-            part = part_of(parameter)
-            zero.write(name, part.take(initial_values(name, part, recipe.seed)))
+        zero = start_engine(recipe, mesh)
         for _ in range(3 if recipe.parallel.zero == 3 else 2):  # ZeRO-3's trace is complete from the third step on
             gc.collect()
             live.peak = live.count()
@@ -154,12 +146,7 @@ def compare(recipe: Recipe, ranks: list[int]) -> list[Row]:
 
 def serve(recipe: Recipe) -> Callable[[str, int], int]:
     """What a rank answers: its live bytes."""
-    import torch.distributed as dist
-
-    from megacode.parallel.mesh import build_mesh
-
-    layout = fit(recipe, dist.get_world_size())
-    mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, layout.context)
+    mesh = mesh_of(recipe)
     return lambda request, count: live_bytes(recipe, mesh)
 
 
@@ -168,9 +155,8 @@ def table(rows: list[Row]) -> str:
     head = ["processes", "precision", "layout", "stage", "worst moment", "live MB", "plan MB", "error"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for row in rows:
-        words = (key if value is True else f"{key} {value}" for key, value in row.parallel.items())
         cells = [
-            str(row.processes), row.precision, ", ".join(words), str(row.stage), row.moment,
+            str(row.processes), row.precision, layout_words(row.parallel), str(row.stage), row.moment,
             f"{row.live_bytes / 1e6:.2f}", f"{row.planned_bytes / 1e6:.2f}", f"{row.error:+.1%}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

@@ -8,13 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Annotated
 
 import typer
 
 from megacode.parallel.timeline import bubble_formula
-from megacode.tools.bench.processes import Team
+from megacode.tools.bench.processes import Figures, Span, Team, figures_of, step_seconds
 
 SEQUENCE, HIDDEN = 256, 1024
 """Of a hidden state between stages, one sample in fp32: 1 MiB."""
@@ -23,9 +22,6 @@ BACKWARD = 2.0
 MICRO_BATCHES = (4, 8, 16)
 VIRTUAL_STAGES = (1, 2)
 ANSWER_SECONDS = 180.0
-
-Span = tuple[float, float]
-"""When a rank began and ended a step, on the machine's clock; seconds."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,8 @@ class Row:
 
     case: Case
     ideal: float
-    measured: tuple[float, float, float]
-    """Median, lowest and highest over the steps: the time that a rank's sleeps ask for, over the step's."""
+    measured: Figures
+    """Over the steps: the time that a rank's sleeps ask for, over the step's."""
 
 
 def cases_of(pipeline: int) -> list[Case]:
@@ -115,15 +111,11 @@ def measure(pipeline: int, forward_seconds: float, steps: int) -> list[Row]:
     try:
         for _ in range(1 + steps):
             for number, case in enumerate(cases):
-                spans = team.ask("step", number)
-                seconds = max(stop for _, stop in spans) - min(start for start, _ in spans)
+                seconds = step_seconds(team.ask("step", number))
                 shares[number].append(busy_seconds(case, forward_seconds) / seconds)
     finally:
         team.stop()
-    return [
-        Row(case, case.ideal, (median(share[1:]), min(share[1:]), max(share[1:])))
-        for case, share in zip(cases, shares, strict=True)
-    ]
+    return [Row(case, case.ideal, figures_of(share)) for case, share in zip(cases, shares, strict=True)]
 
 
 def table(rows: list[Row]) -> str:

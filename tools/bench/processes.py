@@ -10,9 +10,10 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megacode.recipe import Recipe
@@ -26,6 +27,24 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # while importing; each rank sets its own number
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+Span = tuple[float, float]
+"""When a rank began and ended a step, on the machine's clock; seconds."""
+
+Figures = tuple[float, float, float]
+"""Median, lowest and highest of what was measured."""
+
+
+def figures_of(values: Sequence[float]) -> Figures:
+    """Of all steps but the first, which is the warm-up."""
+    return median(values[1:]), min(values[1:]), max(values[1:])
+
+
+def step_seconds(spans: Iterable[Span]) -> float:
+    """From the first rank's start of a step to the last one's end."""
+    begun, ended = zip(*spans, strict=True)
+    return float(max(ended) - min(begun))
 
 
 @dataclass(frozen=True)

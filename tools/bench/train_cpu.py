@@ -16,11 +16,9 @@ import typer
 from megacode.errors import UserError
 from megacode.recipe import Recipe
 from megacode.tools.bench import ours, overhead, peers
-from megacode.tools.bench.contest import SHAPES, Step, contest_recipe
+from megacode.tools.bench.contest import SHAPES, Step, check_losses, contest_recipe
 from megacode.tools.bench.processes import Memory, Team, contestant
 
-LOSS_TOLERANCE = 1e-4
-"""Largest relative difference of the first steps' losses between contestants: beyond it they do not train the same."""
 COMPARED_STEPS = 3
 OVERHEAD_REPETITIONS = 10
 ANSWER_SECONDS = 180.0
@@ -159,14 +157,7 @@ def _start(one: Contestant, shape: str, micro_batches: int) -> Run:
 
 
 def _check_losses(runs: list[Run]) -> None:
-    first = runs[0]
-    for run in runs:
-        if not abs(run.losses[-1] - first.losses[-1]) <= LOSS_TOLERANCE * abs(first.losses[-1]):
-            raise RuntimeError(
-                f"step {len(run.losses)}: the loss of {run.contestant.name} is {run.losses[-1]:.6f} and that of "
-                f"{first.contestant.name} {first.losses[-1]:.6f}; they do not train the same, so there is nothing to "
-                f"compare"
-            )
+    check_losses(len(runs[0].losses), {run.contestant.name: run.losses[-1] for run in runs})
 
 
 def table(rows: list[Row]) -> str:
