@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 def rms_norm_torch(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm of x [..., hidden] under weight [hidden], in plain torch: the twin, and transformers' LlamaRMSNorm.
 
-    Statistics are fp32. In bf16 it rounds twice, as transformers does: x over its root, and the product with the weight.
+    Statistics are fp32. In bf16 it rounds twice, as transformers does: x over its root, and the weight's product.
     """
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
@@ -138,16 +138,23 @@ def _rows(x: Tensor) -> Tensor:
 
 
 _FORWARD_WARPS, _BACKWARD_WARPS = 32, 16
-"""Warps that run at a time on a processor."""
+"""Warps that a processor runs at a time; a program loops over rows, so that there need be no more programs than that.
+
+A thread holds 32 bytes of a row, two 16-byte loads, and has as many of the next row in flight while it computes. A load
+takes about 0.8 us under load, in which each of an H200's 132 processors must have 4.3 TB/s * 0.8 us / 132 = 26 KB on
+their way, reads and writes together. Forward takes up to 64 registers a thread, so 32 warps fit: 32 KB of reads in
+flight, 64 KB with a residual. Backward also keeps the weight's gradient and takes up to 128: 16 warps, 32 KB of reads.
+Their arithmetic, about 14 instructions an element, takes a third of the time that their bytes take.
+"""
 
 
 def _layout(hidden: int, resident_warps: int, rows: Tensor) -> tuple[int, int, int]:
     """(columns of a tile, warps of a program, programs) for a kernel of which `resident_warps` run on a processor."""
     tile = 1 << (hidden - 1).bit_length()
-    warps = min(16, max(1, tile // (32 * 16)))
+    warps = min(32, max(1, tile * rows.element_size() // (32 * 32)))
     cuda = rows.device.type == "cuda"  # or else it is Triton's interpreter, which runs one program at a time
     processors = torch.cuda.get_device_properties(rows.device).multi_processor_count if cuda else 1
-    return tile, warps, min(rows.shape[0], processors * (resident_warps // warps))
+    return tile, warps, min(rows.shape[0], processors * max(1, resident_warps // warps))
 
 
 @functools.cache
@@ -226,19 +233,24 @@ def _backward_kernel() -> Any:
         grad_weight = tl.zeros([tile], tl.float32)
         next_grad = tl.load(grad + first * grad_stride + column, mask=inside, other=0.0)
         next_x = tl.load(x + first * x_stride + column, mask=inside, other=0.0)
+        next_root = tl.load(root + first)
+        if grad_total is not None:
+            next_total = tl.load(grad_total + first * grad_total_stride + column, mask=inside, other=0.0)
         for index in range(tl.cdiv(rows - tl.program_id(0), step)):
             row = first + index * step
-            inverse = tl.load(root + row)
-            slope, unit = next_grad.to(tl.float32), next_x.to(tl.float32) * inverse
-            ahead = inside & (row + step < rows)
-            next_grad = tl.load(grad + (row + step) * grad_stride + column, mask=ahead, other=0.0)
-            next_x = tl.load(x + (row + step) * x_stride + column, mask=ahead, other=0.0)
-            grad_weight += slope * unit
+            slope, value, inverse = next_grad.to(tl.float32), next_x.to(tl.float32), next_root
+            more = row + step < rows
+            next_grad = tl.load(grad + (row + step) * grad_stride + column, mask=inside & more, other=0.0)
+            next_x = tl.load(x + (row + step) * x_stride + column, mask=inside & more, other=0.0)
+            next_root = tl.load(root + row + step, mask=more, other=0.0)
+            grad_weight += slope * (value * inverse)
             slope = slope * scale.to(tl.float32)
-            mean = tl.sum(slope * unit, axis=0) / hidden
-            result = (slope - unit * mean) * inverse
+            pull = tl.sum(slope * value, axis=0) * inverse * inverse / hidden
+            result = (slope - value * pull) * inverse
             if grad_total is not None:
-                result += tl.load(grad_total + row * grad_total_stride + column, mask=inside, other=0.0).to(tl.float32)
+                result += next_total.to(tl.float32)
+                place = grad_total + (row + step) * grad_total_stride + column
+                next_total = tl.load(place, mask=inside & more, other=0.0)
             tl.store(grad_x + row * hidden + column, result, mask=inside)
         tl.store(partials + first * hidden + column, grad_weight, mask=inside)
 
