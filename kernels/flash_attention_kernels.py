@@ -1,0 +1,192 @@
+"""The Triton kernels of `flash_attention`, which imports this module at its first call: importing it imports triton.
+
+Names: first, first_k: a segment's first query and key in its row; queries, keys: how many it has; begin: where in the
+segment a program's tile begins. The queries are the last of the segment's tokens: query i sees the keys up to
+i + keys - queries. Offsets that grow with the number of tokens are 64 bits wide, those inside of a tile 32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """A Triton kernel that is not compiled anew for counts of 1 or multiples of 16, which differ between batches."""
+    return triton.jit(function, do_not_specialize=["segments", "queries", "keys"])
+
+
+def device(function: Callable[..., Any]) -> Any:
+    """A function that kernels call."""
+    return triton.jit(function)
+
+
+@device
+def place(
+    slot: tl.tensor,
+    bounds: tl.tensor,
+    bounds_k: tl.tensor,
+    segments: tl.tensor,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    tile: tl.constexpr,
+    of_keys: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The segment that tile number `slot` belongs to: (first, first_k, queries, keys, begin).
+
+    Segment s, that begins at token b, has the tiles from number b // tile + s on, see `flash_attention._Launch.grid`.
+    Its number is found by counting the segments whose first tile comes no later than `slot`, 256 at a time: a search
+    by halves would wait for memory at each step.
+    """
+    if bounds is None:
+        first, first_k, begin = tl.cast(0, tl.int64), tl.cast(0, tl.int64), slot * tile
+    else:
+        own = bounds_k if of_keys else bounds
+        segment = -1
+        for base in range(0, segments, 256):
+            index = base + tl.arange(0, 256)
+            bound = tl.load(own + index, mask=index < segments, other=0)
+            segment += tl.sum(((bound // tile + index <= slot) & (index < segments)).to(tl.int32))
+        begin = (slot - tl.load(own + segment) // tile - segment) * tile
+        first, first_k = tl.load(bounds + segment).to(tl.int64), tl.load(bounds_k + segment).to(tl.int64)
+        queries = (tl.load(bounds + segment + 1) - first).to(tl.int32)
+        keys = (tl.load(bounds_k + segment + 1) - first_k).to(tl.int32)
+    return first, first_k, queries, keys, begin
+
+
+@device
+def load(
+    x: tl.tensor,
+    stride: tl.tensor,
+    rows: tl.tensor,
+    tile: tl.constexpr,
+    head_dim: tl.constexpr,
+    head_tile: tl.constexpr,
+    bounded: tl.constexpr,
+) -> tl.tensor:
+    """[tile, head_tile] of the rows from x on: zeros beyond head_dim and, if bounded, beyond `rows` rows."""
+    row, column = tl.arange(0, tile)[:, None], tl.arange(0, head_tile)[None, :]
+    source = x + row * stride + column
+    if bounded:
+        values = tl.load(source, mask=(row < rows) & (column < head_dim), other=0.0)
+    elif head_dim != head_tile:
+        values = tl.load(source, mask=column < head_dim, other=0.0)
+    else:
+        values = tl.load(source)
+    return values
+
+
+@device
+def store(x: tl.tensor, stride: tl.tensor, rows: tl.tensor, values: tl.tensor, head_dim: tl.constexpr) -> None:
+    """`load` the other way, bounded."""
+    row, column = tl.arange(0, values.shape[0])[:, None], tl.arange(0, values.shape[1])[None, :]
+    tl.store(x + row * stride + column, values.to(x.dtype.element_ty), mask=(row < rows) & (column < head_dim))
+
+
+@kernel
+def forward(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    bounds: tl.tensor,
+    bounds_k: tl.tensor,
+    segments: tl.tensor,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    scale: tl.tensor,
+    q_batch_stride: tl.tensor,
+    q_token_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    k_batch_stride: tl.tensor,
+    k_token_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_batch_stride: tl.tensor,
+    v_token_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    head_tile: tl.constexpr,
+    queries_tile: tl.constexpr,
+    keys_tile: tl.constexpr,
+) -> None:
+    """One program: a tile of queries of one head over all keys that they see."""
+    slot = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries have the most keys and must not start last
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    kv_head = head // (heads // kv_heads)
+    tokens = queries
+    first, first_k, queries, keys, begin = place(slot, bounds, bounds_k, segments, queries, keys, queries_tile, False)
+    if begin >= queries:
+        return
+    token = first + begin
+    q += row * q_batch_stride + token * q_token_stride + head * q_head_stride
+    k += row * k_batch_stride + first_k * k_token_stride + kv_head * k_head_stride
+    v += row * v_batch_stride + first_k * v_token_stride + kv_head * v_head_stride
+
+    index = tl.arange(0, queries_tile)
+    q_tile = load(q, q_token_stride, queries - begin, queries_tile, head_dim, head_tile, True)
+    peak = tl.full([queries_tile], float("-inf"), tl.float32)
+    total = tl.zeros([queries_tile], tl.float32)
+    sums = tl.zeros([queries_tile, head_tile], tl.float32)
+    last = begin + index + keys - queries  # the last key that each query sees
+    # Tiles of keys before `diagonal` are seen whole by every query; only the others are masked.
+    diagonal = (begin + keys - queries + 1) // keys_tile * keys_tile
+    stop = tl.minimum(begin + queries_tile + keys - queries, keys)
+    binary = scale * 1.4426950408889634  # exp(x) = exp2(x * log2(e)), and exp2 is what the hardware has
+    sums, total, peak, k, v = attend(
+        *(sums, total, peak, q_tile, k, v, 0, diagonal, keys, last, binary, k_token_stride, v_token_stride),
+        *(head_dim, keys_tile, False),
+    )
+    sums, total, peak, k, v = attend(
+        *(sums, total, peak, q_tile, k, v, diagonal, stop, keys, last, binary, k_token_stride, v_token_stride),
+        *(head_dim, keys_tile, True),
+    )
+    out += ((row * tokens + token) * heads + head) * head_dim
+    store(out, heads * head_dim, queries - begin, sums / total[:, None], head_dim)
+    lse += (row * heads + head) * tokens + token
+    tl.store(lse + index, (peak + tl.log2(total)) * 0.6931471805599453, mask=index < queries - begin)
+
+
+@device
+def attend(
+    sums: tl.tensor,
+    total: tl.tensor,
+    peak: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    start: tl.tensor,
+    stop: tl.tensor,
+    keys: tl.tensor,
+    last: tl.tensor,
+    binary: tl.tensor,
+    k_stride: tl.tensor,
+    v_stride: tl.tensor,
+    head_dim: tl.constexpr,
+    keys_tile: tl.constexpr,
+    masked: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """A tile of queries over the keys from `start` to `stop`: the softmax's numerators, denominators, highest scores.
+
+    k, v point to key `start`, and come back pointing to the first key that is still to do.
+    """
+    for key in range(start, stop, keys_tile):
+        k_tile = load(k, k_stride, keys - key, keys_tile, head_dim, q.shape[1], masked)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+        if masked:
+            seen = key + tl.arange(0, keys_tile)[None, :] <= last[:, None]
+            scores = tl.where(seen, scores, float("-inf"))
+        # Every query sees key 0, so the first tile lifts every peak from -inf.
+        higher = tl.maximum(peak, tl.max(scores, 1) * binary)
+        weights = tl.exp2(scores * binary - higher[:, None])
+        shrink = tl.exp2(peak - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        v_tile = load(v, v_stride, keys - key, keys_tile, head_dim, q.shape[1], masked)
+        sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums * shrink[:, None], input_precision="ieee")
+        peak = higher
+        k += keys_tile * k_stride
+        v += keys_tile * v_stride
+    return sums, total, peak, k, v
