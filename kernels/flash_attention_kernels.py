@@ -190,3 +190,239 @@ def attend(
         k += keys_tile * k_stride
         v += keys_tile * v_stride
     return sums, total, peak, k, v
+
+
+@kernel
+def grad_q(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    out: tl.tensor,
+    grad: tl.tensor,
+    lse: tl.tensor,
+    grad_lse: tl.tensor,
+    delta: tl.tensor,
+    grad_q: tl.tensor,
+    bounds: tl.tensor,
+    bounds_k: tl.tensor,
+    segments: tl.tensor,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    scale: tl.tensor,
+    q_batch_stride: tl.tensor,
+    q_token_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    k_batch_stride: tl.tensor,
+    k_token_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_batch_stride: tl.tensor,
+    v_token_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    head_tile: tl.constexpr,
+    queries_tile: tl.constexpr,
+    keys_tile: tl.constexpr,
+) -> None:
+    """One program: dQ of a tile of queries of one head; and their delta, which `grad_kv` reads.
+
+    With P the weights and dP = dO V^T, softmax gives dS = P (dP - rowsum(P dP)), and that sum is rowsum(dO O) (Dao et
+    al. 2022). A gradient of the log-sum-exp adds P times itself. delta = rowsum(dO O) - that gradient.
+    """
+    slot = tl.num_programs(0) - 1 - tl.program_id(0)  # as in forward
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    kv_head = head // (heads // kv_heads)
+    tokens = queries
+    first, first_k, queries, keys, begin = place(slot, bounds, bounds_k, segments, queries, keys, queries_tile, False)
+    if begin >= queries:
+        return
+    token = first + begin
+    q += row * q_batch_stride + token * q_token_stride + head * q_head_stride
+    k += row * k_batch_stride + first_k * k_token_stride + kv_head * k_head_stride
+    v += row * v_batch_stride + first_k * v_token_stride + kv_head * v_head_stride
+    line = ((row * tokens + token) * heads + head) * head_dim
+    statistic = (row * heads + head) * tokens + token
+
+    index = tl.arange(0, queries_tile)
+    rows = queries - begin
+    q_tile = load(q, q_token_stride, rows, queries_tile, head_dim, head_tile, True)
+    grad_tile = load(grad + line, heads * head_dim, rows, queries_tile, head_dim, head_tile, True)
+    out_tile = load(out + line, heads * head_dim, rows, queries_tile, head_dim, head_tile, True)
+    delta_tile = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
+    if grad_lse is not None:
+        delta_tile -= tl.load(grad_lse + statistic + index, mask=index < rows, other=0.0)
+    tl.store(delta + statistic + index, delta_tile, mask=index < rows)
+    lse_tile = tl.load(lse + statistic + index, mask=index < rows, other=0.0) * 1.4426950408889634
+
+    last = begin + index + keys - queries
+    diagonal = (begin + keys - queries + 1) // keys_tile * keys_tile
+    stop = tl.minimum(begin + queries_tile + keys - queries, keys)
+    binary = scale * 1.4426950408889634
+    sums = tl.zeros([queries_tile, head_tile], tl.float32)
+    sums, k, v = attend_backward(
+        *(sums, q_tile, grad_tile, lse_tile, delta_tile, k, v, 0, diagonal, keys, last, binary),
+        *(k_token_stride, v_token_stride, head_dim, keys_tile, False),
+    )
+    sums, k, v = attend_backward(
+        *(sums, q_tile, grad_tile, lse_tile, delta_tile, k, v, diagonal, stop, keys, last, binary),
+        *(k_token_stride, v_token_stride, head_dim, keys_tile, True),
+    )
+    store(grad_q + line, heads * head_dim, rows, sums * scale, head_dim)
+
+
+@device
+def attend_backward(
+    sums: tl.tensor,
+    q: tl.tensor,
+    grad: tl.tensor,
+    lse: tl.tensor,
+    delta: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    start: tl.tensor,
+    stop: tl.tensor,
+    keys: tl.tensor,
+    last: tl.tensor,
+    binary: tl.tensor,
+    k_stride: tl.tensor,
+    v_stride: tl.tensor,
+    head_dim: tl.constexpr,
+    keys_tile: tl.constexpr,
+    masked: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """dQ / scale of a tile of queries from the keys from `start` to `stop`; k and v as in `attend`."""
+    for key in range(start, stop, keys_tile):
+        k_tile = load(k, k_stride, keys - key, keys_tile, head_dim, q.shape[1], masked)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+        if masked:
+            seen = key + tl.arange(0, keys_tile)[None, :] <= last[:, None]
+            scores = tl.where(seen, scores, float("-inf"))
+        weights = tl.exp2(scores * binary - lse[:, None])
+        v_tile = load(v, v_stride, keys - key, keys_tile, head_dim, q.shape[1], masked)
+        grad_weights = tl.dot(grad, tl.trans(v_tile), input_precision="ieee")
+        grad_scores = weights * (grad_weights - delta[:, None])
+        sums = tl.dot(grad_scores.to(k_tile.dtype), k_tile, sums, input_precision="ieee")
+        k += keys_tile * k_stride
+        v += keys_tile * v_stride
+    return sums, k, v
+
+
+@kernel
+def grad_kv(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    grad: tl.tensor,
+    lse: tl.tensor,
+    delta: tl.tensor,
+    grad_k: tl.tensor,
+    grad_v: tl.tensor,
+    bounds: tl.tensor,
+    bounds_k: tl.tensor,
+    segments: tl.tensor,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    scale: tl.tensor,
+    q_batch_stride: tl.tensor,
+    q_token_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    k_batch_stride: tl.tensor,
+    k_token_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_batch_stride: tl.tensor,
+    v_token_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    head_tile: tl.constexpr,
+    queries_tile: tl.constexpr,
+    keys_tile: tl.constexpr,
+) -> None:
+    """One program: dK and dV of a tile of keys of one kv head, from all queries that see one of them, head by head."""
+    kv_head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    group: tl.constexpr = heads // kv_heads
+    tokens, tokens_k = queries, keys
+    slot = tl.program_id(0)  # the first keys are seen by the most queries
+    first, first_k, queries, keys, begin = place(slot, bounds, bounds_k, segments, queries, keys, keys_tile, True)
+    if begin >= keys:
+        return
+    token = first_k + begin
+    k += row * k_batch_stride + token * k_token_stride + kv_head * k_head_stride
+    v += row * v_batch_stride + token * v_token_stride + kv_head * v_head_stride
+    k_tile = load(k, k_token_stride, keys - begin, keys_tile, head_dim, head_tile, True)
+    v_tile = load(v, v_token_stride, keys - begin, keys_tile, head_dim, head_tile, True)
+    k_sums = tl.zeros([keys_tile, head_tile], tl.float32)
+    v_sums = tl.zeros([keys_tile, head_tile], tl.float32)
+
+    first_query = begin + tl.arange(0, keys_tile) - (keys - queries)  # the first that sees each key
+    start = tl.maximum(begin - (keys - queries), 0) // queries_tile * queries_tile
+    # Tiles of queries from `diagonal` on see every key; only those before are masked.
+    diagonal = tl.cdiv(tl.maximum(begin + keys_tile - 1 - (keys - queries), 0), queries_tile) * queries_tile
+    for member in range(group):
+        head = kv_head * group + member
+        q_head = q + row * q_batch_stride + first * q_token_stride + head * q_head_stride
+        grad_head = grad + ((row * tokens + first) * heads + head) * head_dim
+        offset = (row * heads + head) * tokens + first
+        k_sums, v_sums = gather(
+            *(k_sums, v_sums, k_tile, v_tile, q_head, grad_head, lse + offset, delta + offset),
+            *(start, tl.minimum(diagonal, queries), queries, first_query, scale * 1.4426950408889634),
+            *(q_token_stride, heads * head_dim, head_dim, queries_tile, True),
+        )
+        k_sums, v_sums = gather(
+            *(k_sums, v_sums, k_tile, v_tile, q_head, grad_head, lse + offset, delta + offset),
+            *(diagonal, queries, queries, first_query, scale * 1.4426950408889634),
+            *(q_token_stride, heads * head_dim, head_dim, queries_tile, False),
+        )
+    line = ((row * tokens_k + token) * kv_heads + kv_head) * head_dim
+    store(grad_k + line, kv_heads * head_dim, keys - begin, k_sums * scale, head_dim)
+    store(grad_v + line, kv_heads * head_dim, keys - begin, v_sums, head_dim)
+
+
+@device
+def gather(
+    k_sums: tl.tensor,
+    v_sums: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    q: tl.tensor,
+    grad: tl.tensor,
+    lse: tl.tensor,
+    delta: tl.tensor,
+    start: tl.tensor,
+    stop: tl.tensor,
+    queries: tl.tensor,
+    first_query: tl.tensor,
+    binary: tl.tensor,
+    q_stride: tl.tensor,
+    grad_stride: tl.tensor,
+    head_dim: tl.constexpr,
+    queries_tile: tl.constexpr,
+    masked: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """dK / scale and dV of a tile of keys from the queries of one head from `start` to `stop`.
+
+    Scores are made transposed, [keys, queries]: the weights, as they leave the registers of one product, are then the
+    left side of the next.
+    """
+    q += tl.cast(start, tl.int64) * q_stride
+    grad += tl.cast(start, tl.int64) * grad_stride
+    for query in range(start, stop, queries_tile):
+        index = query + tl.arange(0, queries_tile)
+        q_tile = load(q, q_stride, queries - query, queries_tile, head_dim, k.shape[1], True)
+        # A weight of a query behind the last is exp2(0 - inf) = 0.
+        lse_tile = tl.load(lse + index, mask=index < queries, other=float("inf")) * 1.4426950408889634
+        scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
+        if masked:
+            scores = tl.where(first_query[:, None] <= index[None, :], scores, float("-inf"))
+        weights = tl.exp2(scores * binary - lse_tile[None, :])
+        grad_tile = load(grad, grad_stride, queries - query, queries_tile, head_dim, k.shape[1], True)
+        v_sums = tl.dot(weights.to(grad_tile.dtype), grad_tile, v_sums, input_precision="ieee")
+        delta_tile = tl.load(delta + index, mask=index < queries, other=0.0)
+        grad_weights = tl.dot(v, tl.trans(grad_tile), input_precision="ieee")
+        grad_scores = weights * (grad_weights - delta_tile[None, :])
+        k_sums = tl.dot(grad_scores.to(q_tile.dtype), q_tile, k_sums, input_precision="ieee")
+        q += queries_tile * q_stride
+        grad += queries_tile * grad_stride
+    return k_sums, v_sums
