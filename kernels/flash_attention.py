@@ -43,10 +43,10 @@ class Tiles(NamedTuple):
 
 
 _TILES = {
-    (2, 64): Tiles(Tile(128, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (2, 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (4, 64): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (4, 128): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (2, 64): Tiles(Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
+    (2, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    (4, 64): Tiles(Tile(32, 16, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    (4, 128): Tiles(Tile(32, 16, 8, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
 }
 """(bytes of a number, head_dim up to a power of two) -> tiles."""
 
