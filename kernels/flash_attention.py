@@ -105,7 +105,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, bounds_k: Tensor | None, tiles: Tiles
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        batch, sequence, heads, head_dim = q.shape
+        batch, sequence, heads, _ = q.shape
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(batch, heads, sequence, dtype=torch.float32, device=q.device)
         launch = _Launch(q, k, v, bounds, bounds_k)
