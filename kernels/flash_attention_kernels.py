@@ -132,18 +132,23 @@ def forward(
     total = tl.zeros([queries_tile], tl.float32)
     sums = tl.zeros([queries_tile, head_tile], tl.float32)
     last = begin + index + keys - queries  # the last key that each query sees
-    # Tiles of keys before `diagonal` are seen whole by every query; only the others are masked.
-    diagonal = (begin + keys - queries + 1) // keys_tile * keys_tile
+    # Tiles of keys before `diagonal` are seen whole by every query; the others, at least one, are masked.
+    diagonal = (begin + keys - queries) // keys_tile * keys_tile
     stop = tl.minimum(begin + queries_tile + keys - queries, keys)
+    final = (stop - 1) // keys_tile * keys_tile
     binary = scale * 1.4426950408889634  # exp(x) = exp2(x * log2(e)), and exp2 is what the hardware has
-    sums, total, peak, k, v = attend(
-        *(sums, total, peak, q_tile, k, v, 0, diagonal, keys, last, binary, k_token_stride, v_token_stride),
-        *(head_dim, keys_tile, False),
+    k_tile = load(k, k_token_stride, keys, keys_tile, head_dim, head_tile, True)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    scores, sums, total, peak, k, v = attend(
+        *(scores, sums, total, peak, q_tile, k, v, 0, diagonal, keys, last, binary, k_token_stride, v_token_stride),
+        *(head_dim, False),
     )
-    sums, total, peak, k, v = attend(
-        *(sums, total, peak, q_tile, k, v, diagonal, stop, keys, last, binary, k_token_stride, v_token_stride),
-        *(head_dim, keys_tile, True),
+    scores, sums, total, peak, k, v = attend(
+        *(scores, sums, total, peak, q_tile, k, v, diagonal, final, keys, last, binary, k_token_stride, v_token_stride),
+        *(head_dim, True),
     )
+    v_tile = load(v, v_token_stride, keys - final, keys_tile, head_dim, head_tile, True)
+    sums, total, peak = absorb(hide(scores, final, last), v_tile, sums, total, peak, binary)
     out += ((row * tokens + token) * heads + head) * head_dim
     store(out, heads * head_dim, queries - begin, sums / total[:, None], head_dim)
     lse += (row * heads + head) * tokens + token
@@ -152,6 +157,7 @@ def forward(
 
 @device
 def attend(
+    scores: tl.tensor,
     sums: tl.tensor,
     total: tl.tensor,
     peak: tl.tensor,
@@ -166,30 +172,46 @@ def attend(
     k_stride: tl.tensor,
     v_stride: tl.tensor,
     head_dim: tl.constexpr,
-    keys_tile: tl.constexpr,
     masked: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """A tile of queries over the keys from `start` to `stop`: the softmax's numerators, denominators, highest scores.
 
-    k, v point to key `start`, and come back pointing to the first key that is still to do.
+    k, v point to key `start`, and come back pointing to key `stop`. `scores` are those of the first tile, and come back
+    as those of the tile after the last: each turn issues the next product of q and k before it needs the exponentials
+    of this one, so that the tensor cores work meanwhile.
     """
-    for key in range(start, stop, keys_tile):
-        k_tile = load(k, k_stride, keys - key, keys_tile, head_dim, q.shape[1], masked)
-        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+    tile: tl.constexpr = scores.shape[1]
+    for key in range(start, stop, tile):
+        k += tile * k_stride
+        k_tile = load(k, k_stride, keys - key - tile, tile, head_dim, q.shape[1], True)
+        following = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+        v_tile = load(v, v_stride, keys - key, tile, head_dim, q.shape[1], masked)
         if masked:
-            seen = key + tl.arange(0, keys_tile)[None, :] <= last[:, None]
-            scores = tl.where(seen, scores, float("-inf"))
-        # Every query sees key 0, so the first tile lifts every peak from -inf.
-        higher = tl.maximum(peak, tl.max(scores, 1) * binary)
-        weights = tl.exp2(scores * binary - higher[:, None])
-        shrink = tl.exp2(peak - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        v_tile = load(v, v_stride, keys - key, keys_tile, head_dim, q.shape[1], masked)
-        sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums * shrink[:, None], input_precision="ieee")
-        peak = higher
-        k += keys_tile * k_stride
-        v += keys_tile * v_stride
-    return sums, total, peak, k, v
+            scores = hide(scores, key, last)
+        sums, total, peak = absorb(scores, v_tile, sums, total, peak, binary)
+        v += tile * v_stride
+        scores = following
+    return scores, sums, total, peak, k, v
+
+
+@device
+def hide(scores: tl.tensor, key: tl.tensor, last: tl.tensor) -> tl.tensor:
+    """-inf for keys behind the last that a query sees. The first is `key`."""
+    return tl.where(key + tl.arange(0, scores.shape[1])[None, :] <= last[:, None], scores, float("-inf"))
+
+
+@device
+def absorb(
+    scores: tl.tensor, v: tl.tensor, sums: tl.tensor, total: tl.tensor, peak: tl.tensor, binary: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The online softmax: takes a tile of keys into the sums. Peaks are to base 2."""
+    # Every query sees key 0, so the first tile lifts every peak from -inf.
+    higher = tl.maximum(peak, tl.max(scores, 1) * binary)
+    weights = tl.exp2(scores * binary - higher[:, None])
+    shrink = tl.exp2(peak - higher)
+    total = total * shrink + tl.sum(weights, 1)
+    sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
+    return sums, total, higher
 
 
 @kernel
@@ -295,12 +317,11 @@ def attend_backward(
     for key in range(start, stop, keys_tile):
         k_tile = load(k, k_stride, keys - key, keys_tile, head_dim, q.shape[1], masked)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
-        if masked:
-            seen = key + tl.arange(0, keys_tile)[None, :] <= last[:, None]
-            scores = tl.where(seen, scores, float("-inf"))
-        weights = tl.exp2(scores * binary - lse[:, None])
         v_tile = load(v, v_stride, keys - key, keys_tile, head_dim, q.shape[1], masked)
         grad_weights = tl.dot(grad, tl.trans(v_tile), input_precision="ieee")
+        if masked:
+            scores = hide(scores, key, last)
+        weights = tl.exp2(scores * binary - lse[:, None])
         grad_scores = weights * (grad_weights - delta[:, None])
         sums = tl.dot(grad_scores.to(k_tile.dtype), k_tile, sums, input_precision="ieee")
         k += keys_tile * k_stride
@@ -411,16 +432,16 @@ def gather(
     for query in range(start, stop, queries_tile):
         index = query + tl.arange(0, queries_tile)
         q_tile = load(q, q_stride, queries - query, queries_tile, head_dim, k.shape[1], True)
+        grad_tile = load(grad, grad_stride, queries - query, queries_tile, head_dim, k.shape[1], True)
         # A weight of a query behind the last is exp2(0 - inf) = 0.
         lse_tile = tl.load(lse + index, mask=index < queries, other=float("inf")) * 1.4426950408889634
+        delta_tile = tl.load(delta + index, mask=index < queries, other=0.0)
         scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
+        grad_weights = tl.dot(v, tl.trans(grad_tile), input_precision="ieee")
         if masked:
             scores = tl.where(first_query[:, None] <= index[None, :], scores, float("-inf"))
         weights = tl.exp2(scores * binary - lse_tile[None, :])
-        grad_tile = load(grad, grad_stride, queries - query, queries_tile, head_dim, k.shape[1], True)
         v_sums = tl.dot(weights.to(grad_tile.dtype), grad_tile, v_sums, input_precision="ieee")
-        delta_tile = tl.load(delta + index, mask=index < queries, other=0.0)
-        grad_weights = tl.dot(v, tl.trans(grad_tile), input_precision="ieee")
         grad_scores = weights * (grad_weights - delta_tile[None, :])
         k_sums = tl.dot(grad_scores.to(q_tile.dtype), q_tile, k_sums, input_precision="ieee")
         q += queries_tile * q_stride
