@@ -45,15 +45,15 @@ class Tiles(NamedTuple):
 # Chosen by arithmetic and by what ptxas 12.8 says of the compiled kernels (sm_90a), not yet by measurement. A
 # multiprocessor of an H100 or H200 has 65536 registers, 255 a thread at most, 227 KB of shared memory, does 4096 bf16
 # FLOPs a cycle, and gets some 25 bytes a cycle from L2. In bf16 at head_dim 128:
-# - 128 queries: a key's K and V are 512 bytes for 512 FLOPs a query, so at full speed 128 queries ask 32 bytes a cycle of
-#   L2, at two thirds of it 21, and 64 queries twice that.
+# - 128 queries: a key's K and V are 512 bytes for 512 FLOPs a query, so at full speed 128 queries ask 32 bytes a cycle
+#   of L2, at two thirds of it 21, and 64 queries twice that.
 # - 8 warps hold 128 x 128 sums in 64 registers a thread and 128 x 64 scores in 32. Forward has the sums, the scores of
 #   this tile of keys and of the next, and the weights in bf16, 64 + 32 + 32 + 16, and comes to 253 with all else; 128
 #   keys at a time spill. Shared memory: q 32 KB, 3 stages of K and V 96 KB, K of the first product 16 KB.
 # - grad_q: sums, scores, their gradient, weights: 228 registers; q, dO 64 KB, 2 stages of K and V 64 KB. With 3 stages
 #   the compiler lets a product run on into the next turn, which makes ptxas wait for every tensor core instruction.
-# - grad_kv: two sums, 128 registers, and scores as above: 255 and a few spilled, most of them outside of the loops; K, V
-#   64 KB, 2 stages of q and dO 64 KB. 64 keys or 32 queries would not spill, but take a half of the work a load.
+# - grad_kv: two sums, 128 registers, and scores as above: 255 and a few spilled, most of them outside of the loops; K,
+#   V 64 KB, 2 stages of q and dO 64 KB. 64 keys or 32 queries would not spill, but do half of the work a load.
 # head_dim 96 is padded to 128: a third more work, where 64 + 32 would double every tile and product in the code; no
 # preset has it. fp32 runs on the ordinary cores, whose operands sit in registers: the largest tiles that do not spill.
 _TILES = {
