@@ -35,11 +35,6 @@ PACKS = [replace(PACKED, dtype=dtype, head_dim=128) for dtype in (torch.float32,
 PACKS += [replace(pack, sequence=1400, bounds=(0, 300, 310, 1100, 1100, 1400)) for pack in PACKS]
 
 
-@pytest.fixture(autouse=True)
-def exact_twin(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 @pytest.mark.parametrize("name", [*CASES, *LARGE])
 def test_results_and_gradients_are_as_exact_as_those_of_torch(name):
     case = (CASES | LARGE)[name]
