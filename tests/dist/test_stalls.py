@@ -7,7 +7,7 @@ import pytest
 from support.launching import status, write_recipe
 from support.stalling import at_call, run_ranks, stop_here
 
-STALL_SECONDS = 8
+STALL_SECONDS = 10
 SETTINGS = (
     *("parallel.tensor=2", "parallel.zero=1", "deepspeed_config=null", "data.valid=null", "schedule.steps=4"),
     f"faults.stall_seconds={STALL_SECONDS}",

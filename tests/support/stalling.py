@@ -41,7 +41,9 @@ def run_ranks(
         own: rank -> more overrides.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megacode.train.main", "torch._dynamo", "support.stalling"])
+    # DeepSpeed's engine imports this one when it is made, and with it torch's compiler: seconds in which a rank stands.
+    muon = "deepspeed.runtime.zero.muon.muon_optimizer"
+    context.set_forkserver_preload(["megacode.train.main", "torch._dynamo", muon, "support.stalling"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
