@@ -130,7 +130,8 @@ def test_sends_are_let_go_of_while_the_schedule_runs(pipeline, virtual):
     """A neighbour's answer tells that it has what was sent before: few stay, however many micro-batches there are."""
     num_micro_batches, last = 12 * pipeline, pipeline * virtual - 1
     for rank in range(pipeline):
-        sends = _Sends(SimpleNamespace(pipeline=pipeline, pipeline_rank=rank), num_micro_batches, virtual, True)
+        mesh = SimpleNamespace(pipeline=pipeline, pipeline_rank=rank, stage_rank=lambda stage: stage)
+        sends = _Sends(mesh, num_micro_batches, virtual, True)
         warm_up, most, waited = True, 0, []
         for operation in one_f_one_b(pipeline, rank, num_micro_batches, virtual):
             stage = operation.chunk * pipeline + rank
