@@ -1,7 +1,6 @@
 """Cases of flash attention, what is computed of them, and the same in float64; for Triton's interpreter and for a GPU.
 
-`python -m support.flash FILE` computes all cases under the interpreter, which must be asked for before triton is
-imported and then holds for the whole process, and saves {name: results} to FILE.
+`python -m support.flash FILE` computes all cases under the interpreter and saves {name: results} to FILE.
 """
 
 import itertools
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megacode.kernels.attention import Segments, attention_torch
 from megacode.kernels.flash_attention import Tile, Tiles, flash_attention_with_lse
+from support.triton_offline import bf16_as_in_hardware
 
 SMALL = Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
 """Several tiles at the sizes that the interpreter can do; wide and tall, so that no mix-up of the two passes."""
@@ -187,29 +187,6 @@ def alone(attention, case: Case, document: int, inputs: tuple[Tensor, ...]) -> d
     grads = torch.autograd.grad(out, parts, weights[:, start:stop])
     values = {"out": out, "lse": lse, "grad_q": grads[0], "grad_k": grads[1], "grad_v": grads[2]}
     return {key: x.detach() for key, x in values.items()}
-
-
-def bf16_as_in_hardware() -> None:
-    """Mends Triton's interpreter, which multiplies the bits of bf16 as integers and cuts fp32 off to bf16."""
-    import numpy as np
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-
-    def rounding(data, source, target, mode):
-        if source == tl.float32 and target == tl.bfloat16:
-            rounded = torch.from_numpy(np.ascontiguousarray(data)).bfloat16()
-            return rounded.view(torch.uint16).numpy().reshape(data.shape)
-        return convert(data, source, target, mode)
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    interpreter._convert_float = rounding
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
 
 
 def main(path: str) -> None:

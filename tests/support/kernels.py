@@ -1,10 +1,10 @@
 """Kernels of norms and SwiGLU against float64 and their twins, in Triton's interpreter or on a GPU.
 
-The interpreter must be asked for before triton is imported and then holds for the whole process. So this file is also a
-program: `kernels.py FILE OPERATION...` computes every case of the operations in it and saves the tensors to FILE.
+This file is also a program: `python -m support.kernels FILE OPERATION...` computes every case of the operations under
+the interpreter and saves the tensors to FILE.
 """
 
-import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from megacode.kernels import rms_norm as norm
 from megacode.kernels import swiglu
+from support import triton_offline
+from support.triton_offline import bf16_as_in_hardware, compile_for_hopper, tool
 
 EPSILON = 1e-5
 
@@ -192,59 +194,23 @@ def _large() -> list[Tensor]:
 
 
 def interpret(path: Path, *operations: str) -> dict[str, Any]:
-    """What this program computes, in a process of its own under the interpreter."""
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
-    subprocess.run([sys.executable, __file__, str(path), *operations], env=environment, check=True, timeout=300)
-    return torch.load(path)
+    """What this program computes of the operations' cases, under the interpreter."""
+    return triton_offline.interpret("support.kernels", path, *operations)
 
 
 def resources(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, folder: Path) -> tuple:
-    """(PTX, registers a thread, bytes of stack a thread) of a kernel compiled for Hopper, which needs no GPU.
-
-    Strides and pointers are multiples of 16, and what is neither in `types` nor in `constants` is a 32-bit integer.
-    """
-    import re
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kinds = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if kinds[name].startswith("*") or (name.endswith(("_stride", "ffn", "columns")) and name not in constants)
-    }
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    """(PTX, registers a thread, bytes of stack a thread) of a kernel; arguments as of `compile_for_hopper`."""
+    compiled = compile_for_hopper(kernel, types, constants, num_warps=warps)
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run([tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     return compiled.asm["ptx"], registers, stack
 
 
-def convert_as_hardware_does() -> None:
-    """Has the interpreter round fp32 to the nearest bf16: as it is, it cuts off. And both ways quickly."""
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def nearest(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (source.name, target.name) == ("fp32", "bf16"):
-            return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
-        if (source.name, target.name) == ("bf16", "fp32"):
-            return torch.from_numpy(data.copy()).view(torch.bfloat16).float().numpy()
-        return convert(data, source, target, mode)
-
-    interpreter._convert_float = nearest
-
-
 if __name__ == "__main__":
     results: dict[str, Any] = {"imported": [name for name in ("triton", "deepspeed") if name in sys.modules]}
-    convert_as_hardware_does()
+    bf16_as_in_hardware()
     for label in named(*sys.argv[2:]):
         results[label] = compute(CASES[label], "triton")
     results["saved"] = {word: saved(Case(word, (3, 5), 24, torch.bfloat16)) for word in sys.argv[2:]}

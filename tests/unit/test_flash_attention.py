@@ -3,14 +3,12 @@
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support.flash import CASES, PACKED, assert_as_exact_as_the_twin
+from support.triton_offline import compile_for_hopper, interpret, tool
 
-import megacode
 from megacode.kernels.flash_attention import _TILES, Tile, _power_of_two
 
 pytest.importorskip("triton", reason="the interpreter and the compiler are part of triton")
@@ -19,11 +17,7 @@ pytest.importorskip("triton", reason="the interpreter and the compiler are part 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     """Every case computed in a process of its own, under the interpreter."""
-    path = tmp_path_factory.mktemp("triton") / "interpreted.pt"
-    root = Path(megacode.__file__).parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
-    subprocess.run([sys.executable, "-m", "support.flash", str(path)], env=environment, check=True, timeout=300)
-    return torch.load(path)
+    return interpret("support.flash", tmp_path_factory.mktemp("triton") / "interpreted.pt")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,41 +55,23 @@ SHARED = 227 * 1024
 """Bytes of shared memory that a block of Hopper can have."""
 
 
-def compile_for_hopper(name: str, tile: Tile, dtype: str, head_dim: int, packed: bool):
+def compiled(name: str, tile: Tile, dtype: str, head_dim: int, packed: bool):
     """(PTX, bytes of shared memory, what ptxas says) of a kernel with 64 heads on 8 kv heads."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from megacode.kernels import flash_attention_kernels
 
-    kernel = getattr(flash_attention_kernels, name)
     constants = {"heads": 64, "kv_heads": 8, "head_dim": head_dim, "head_tile": _power_of_two(head_dim)}
     constants |= {"queries_tile": tile.queries, "keys_tile": tile.keys}
-    pointers = dict.fromkeys(("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"), f"*{dtype}")
-    pointers |= dict.fromkeys(("lse", "delta", "grad_lse"), "*fp32")
+    types = dict.fromkeys(("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"), f"*{dtype}")
+    types |= dict.fromkeys(("lse", "delta", "grad_lse"), "*fp32") | {"scale": "fp32"}
     if packed:
-        pointers |= {"bounds": "*i32", "bounds_k": "*i32"}
+        types |= {"bounds": "*i32", "bounds_k": "*i32"}
     else:
         constants |= {"bounds": None, "bounds_k": None}
-    kinds = pointers | dict.fromkeys(constants, "constexpr") | {"scale": "fp32"}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, argument in enumerate(kernel.arg_names)
-        if argument in pointers or argument.endswith("_stride")
-    }
-    source = ASTSource(
-        fn=kernel,
-        signature={argument: kinds.get(argument, "i32") for argument in kernel.arg_names},
-        constexprs={argument: constants[argument] for argument in kernel.arg_names if argument in constants},
-        attrs=aligned,
-    )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [str(ptxas), "-v", "--gpu-name=sm_90a", "-", "-o", os.devnull]
-    said = subprocess.run(command, input=compiled.asm["ptx"], capture_output=True, text=True, check=True)
-    return compiled.asm["ptx"], compiled.metadata.shared, said.stdout + said.stderr
+    kernel = getattr(flash_attention_kernels, name)
+    made = compile_for_hopper(kernel, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+    command = [tool("ptxas"), "-v", "--gpu-name=sm_90a", "-", "-o", os.devnull]
+    said = subprocess.run(command, input=made.asm["ptx"], capture_output=True, text=True, check=True)
+    return made.asm["ptx"], made.metadata.shared, said.stdout + said.stderr
 
 
 @pytest.mark.parametrize("kernel", ["forward", "grad_q", "grad_kv"])
@@ -106,7 +82,7 @@ def compile_for_hopper(name: str, tile: Tile, dtype: str, head_dim: int, packed:
 def test_the_tiles_fit_hopper(kernel, dtype, head_dim, packed, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tile = getattr(_TILES[2 if dtype == "bf16" else 4, head_dim], kernel)
-    ptx, shared, said = compile_for_hopper(kernel, tile, dtype, head_dim, packed)
+    ptx, shared, said = compiled(kernel, tile, dtype, head_dim, packed)
     assert shared <= SHARED
     # The sums of grad_kv take half of the registers in bf16; what little it spills is mostly outside of its loops.
     spilled = int(re.search(r"(\d+) bytes spill loads", said)[1])

@@ -1,23 +1,20 @@
 """rope, attention and the choice of their backends, on the CPU.
 
-Triton's interpreter must be asked for before triton is imported and then holds for the whole process. So this file is
-also a program: `test_kernels.py FILE` computes every case of CASES with rope_triton and saves the tensors to FILE.
+This file is also a program: `python -m unit.test_kernels FILE` computes every case of CASES with rope_triton, under
+Triton's interpreter, and saves the tensors to FILE.
 """
 
 import itertools
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.triton_offline import interpret
 from torch import Tensor
 
-import megacode
 from megacode.errors import UserError
 from megacode.kernels import dispatch
 from megacode.kernels.attention import Segments, attention_flash, attention_torch
@@ -135,11 +132,7 @@ def test_rope_torch_turns_unit_vectors_by_the_angle(position):
 def interpreted(tmp_path_factory):
     """Every case computed by the Triton kernel in a process of its own, under the interpreter."""
     pytest.importorskip("triton", reason="the interpreter is part of triton")
-    path = tmp_path_factory.mktemp("triton") / "interpreted.pt"
-    root = str(Path(megacode.__file__).parents[1])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": root}
-    subprocess.run([sys.executable, __file__, str(path)], env=environment, check=True, timeout=300)
-    return torch.load(path)
+    return interpret("unit.test_kernels", tmp_path_factory.mktemp("triton") / "interpreted.pt")
 
 
 @pytest.mark.parametrize("name", CASES)
