@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -188,7 +188,7 @@ class Run:
         try:
             self.stall.leave_if_told(wait_seconds=0 if gone else TELLING_SECONDS)
             if tells:
-                self._tell(f"{_names(gone)} ended" if gone else "another rank failed", None)
+                self._tell(f"{_names(gone)} ended" if gone else "another rank failed", None, gone=gone)
         finally:
             self.stall.clear()
             os._exit(1)
@@ -215,8 +215,10 @@ class Run:
                 stage = self.place.rank // (self.layout.zero_size * self.layout.tensor)
                 text = explain_out_of_memory(self.recipe, self.layout, stage, self.device)
                 self._tell(text, message, event="out_of_memory")
+            elif gone:  # what this rank came across follows from it
+                self._tell(f"{_names(gone)} ended ({type(error).__name__})", None, gone=gone)
             else:
-                self._tell(f"{_names(gone)} ended ({message})" if gone else message, traceback.format_exc())
+                self._tell(message, traceback.format_exc())
         finally:
             self.stall.clear()
             os._exit(1)
@@ -232,7 +234,7 @@ class Run:
             if outcome in ("finished", "stopped"):
                 return 0 if outcome == "finished" else EXIT_STOPPED
             newest, culprit = store.newest(self.folder), verdict.culprits[0]
-            if not metrics.fail_status(self.folder, culprit, verdict.conclusion, newest, self.start):
+            if not metrics.fail_status(self.folder, culprit, verdict.conclusion, newest, self.start, self.step):
                 return 1
         return EXIT_STALLED
 
@@ -261,12 +263,13 @@ class Run:
         with suppress(Exception):  # what the journal's thread has come across is raised in the main thread
             self.journal.event("straggler", record.step, text, host=record.host, **asdict(found))
 
-    def _tell(self, message: str, trace: str | None, event: str = "failure") -> None:
+    def _tell(self, message: str, trace: str | None, event: str = "failure", gone: Sequence[Peer] = ()) -> None:
         """Say why the run fails, in status.json and on stderr, unless another rank has: this follows from it then."""
         rank = self.place.rank
         with self._telling:
             try:
-                first = metrics.fail_status(self.folder, rank, message, store.newest(self.folder), self.start)
+                culprit, newest = gone[0].rank if gone else rank, store.newest(self.folder)
+                first = metrics.fail_status(self.folder, culprit, message, newest, self.start, self.step)
             except OSError as error:  # a full disk, say: then stderr must do
                 first, message = True, f"{message} (and status.json can't be written: {error.strerror})"
             if not first:

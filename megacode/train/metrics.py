@@ -144,10 +144,14 @@ def begin_status(run: Path) -> None:
     write_status(run, "running")
 
 
-def fail_status(run: Path, rank: int, message: str, checkpoint: Path | None, start: str) -> bool:
+def fail_status(
+    run: Path, rank: int, message: str, checkpoint: Path | None, start: str, step: int | None = None
+) -> bool:
     """Say that the run failed, unless another rank has: its reason came first, and this one may follow from it.
 
     Args:
+        rank: the one to blame.
+        step: the last one that is done.
         start: names this start of the run; `has_failed` asks for it.
 
     Returns:
@@ -158,7 +162,7 @@ def fail_status(run: Path, rank: int, message: str, checkpoint: Path | None, sta
             file.write(start)
     except FileExistsError:
         return False
-    write_status(run, "failed", rank=rank, message=message, checkpoint=checkpoint and str(checkpoint))
+    write_status(run, "failed", rank=rank, message=message, step=step, checkpoint=checkpoint and str(checkpoint))
     return True
 
 

@@ -68,7 +68,7 @@ class StallWatch:
                 f"{root}: the ranks' heartbeats can't be kept there ({error.strerror}); make room, or mend its mode"
             ) from None
         self.machine, self.others = Machine(folder, self.period_seconds), Others(run, self.period_seconds)
-        self._still = Ages()
+        self._still, self._looks_next = Ages(), 0.0
         self._claim, self._tell, self._looked = claim, tell, looked
         self._over, self._leaving = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="stall watch", daemon=True)
@@ -124,6 +124,9 @@ class StallWatch:
         with suppress(OSError):  # a full disk, say: that the others see nothing of this machine is told by its age
             self.others.publish(self.me.rank, machine)
             self._verdict_file.touch()
+        if 0 not in machine and time.monotonic() < self._looks_next:
+            return  # each of many machines reads the files of all: seldom, where another gives the verdict as a rule
+        self._looks_next = time.monotonic() + self.stall_seconds / 4
         seen = self._seen({**self.others.look(), **machine})
         if self.me.rank != min(rank for rank, each in seen.items() if each.process == "runs"):
             return

@@ -92,7 +92,8 @@ def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight
     assert time.monotonic() - died < 30
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert status(run)["outcome"] == "failed"  # a killed rank can't say so; another saw it go
-    assert status(run)["message"].startswith(f"rank 1 (process {ranks[1]})")
+    assert status(run)["message"].startswith(f"rank 1 (process {ranks[1]}) ended")
+    assert (status(run)["rank"], status(run)["step"] >= 4) == (1, True)
     assert status(run)["checkpoint"] == f"{run}/checkpoints/step_00000004"
 
     done = launch(recipe, f"run={run}")
@@ -101,11 +102,10 @@ def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight
     assert_same_run(run, straight)
 
 
-def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_bit(recipe, straight):
-    run = recipe.parent / "signalled"
+def signalled(arguments, rank, number, code):
+    """Send a rank a signal after step 2, expect the exit code, and return the ranks' process ids."""
     with subprocess.Popen(
-        command(recipe, f"run={run}"), cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        arguments, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
         ranks, lines = [], []
         assert process.stdout is not None
@@ -114,8 +114,14 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_
             if " spawned with command" in line:
                 ranks.append(int(line.split("process ")[1].split()[0]))
             if line.startswith(f"step 2/{NUM_STEPS}"):
-                os.kill(ranks[2], signal.SIGTERM)
-        assert process.wait(timeout=60) == 75, "".join(lines)[-3000:]
+                os.kill(ranks[rank], number)
+        assert process.wait(timeout=60) == code, "".join(lines)[-3000:]
+    return ranks
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_bit(recipe, straight):
+    run = recipe.parent / "signalled"
+    signalled(command(recipe, f"run={run}"), rank=2, number=signal.SIGTERM, code=75)
     stopped = status(run)
     assert stopped["outcome"] == "stopped"
     assert stopped["message"] == "asked by SIGTERM"
@@ -131,18 +137,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_
 def test_a_rank_that_is_stopped_from_outside_ends_the_run_with_a_verdict(recipe):
     run = recipe.parent / "stalled"
     arguments = command(recipe, f"run={run}", "faults.stall_seconds=8", "parallel.pipeline=1", processes=2)
-    with subprocess.Popen(
-        arguments, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
-        ranks, lines = [], []
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            if " spawned with command" in line:
-                ranks.append(int(line.split("process ")[1].split()[0]))
-            if line.startswith(f"step 2/{NUM_STEPS}"):
-                os.kill(ranks[1], signal.SIGSTOP)
-        assert process.wait(timeout=60) == 76, "".join(lines)[-3000:]
+    ranks = signalled(arguments, rank=1, number=signal.SIGSTOP, code=76)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert f"rank 1 (host {socket.gethostname()}, process {ranks[1]}) is stopped in" in status(run)["message"]
     assert status(run)["message"].endswith("; rank 0 waits for it")

@@ -168,6 +168,7 @@ def test_a_run_that_has_ended_can_no_more_stall(tmp_path, outcome, code):
     assert read_outcome(tmp_path) == outcome
     run = Run.__new__(Run)
     run.folder, run.place, run.start, run.begun = tmp_path, Place(0, 0, 1, 1), "this start", True
+    run.trainer = None
     assert run._claim_stall(Verdict([0], "stalled", "")) == code
     assert has_failed(tmp_path, "this start") is (code == 76)
     assert run._claim_stall(Verdict([0], "stalled again", "")) == (1 if code == 76 else code)
@@ -179,6 +180,7 @@ def test_how_an_earlier_start_ended_does_not_count(tmp_path, outcome):
     (tmp_path / ".failed").write_text("an earlier start")
     run = Run.__new__(Run)
     run.folder, run.place, run.start, run.begun = tmp_path, Place(0, 0, 1, 1), "this start", False
+    run.trainer = None
     assert run._claim_stall(Verdict([0], "stalled", "")) == 76
     assert has_failed(tmp_path, "this start")
 

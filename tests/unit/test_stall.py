@@ -243,14 +243,22 @@ def test_one_machine_judges_and_another_where_that_is_not_heard_of(folder):
     for _ in range(2):
         for machine in (first, second):
             machine.heart.do("logging", patient=False)  # what an earlier start left would not change
+            machine._looks_next = 0.0
             machine._look()
     looked.clear()
+    read_files = len(second.others._last)
+    second.others._last.clear()
+    second._look()
+    assert read_files == 2
+    assert not second.others._last  # not so soon again
+    second._looks_next = 0.0
     second._look()
     assert not looked
     assert not told_there
     assert [line["rank"] for line in json.loads((folder / "run/heartbeats/rank_00001.json").read_text())] == [1]
     first.stall_seconds = second.stall_seconds = second.others.patience_seconds = 0.1
     time.sleep(0.2)
+    second._looks_next = 0.0
     second._look()  # nothing new of the first: its machine is dead
     verdict, (code, processes) = told_there
     assert (verdict.culprits, code, len(processes)) == ([0, 1], 76, 2)

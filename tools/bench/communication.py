@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from megacode.plan.memory import recipe_job
 from megacode.recipe import Recipe
 from megacode.tools.bench.contest import contest_recipe, layout_words, step_batches
 from megacode.tools.bench.ours import mesh_of, micro_batch, start_engine
-from megacode.tools.bench.processes import Team
+from megacode.tools.bench.processes import Team, command_line
 
 if TYPE_CHECKING:
     from megacode.parallel.mesh import Mesh
@@ -199,11 +198,4 @@ def _as_dict(world: int, recipe: Recipe, calls: list[list[Call]], ranks: list[li
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    command_line(main)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megacode.errors import UserError
 from megacode.plan.layout import fit
 from megacode.plan.memory import stage_memory
 from megacode.recipe import Recipe
 from megacode.tools.bench.contest import layout_words, step_batches
 from megacode.tools.bench.ours import mesh_of, micro_batch, start_engine
-from megacode.tools.bench.processes import Team
+from megacode.tools.bench.processes import Team, command_line
 
 if TYPE_CHECKING:
     from megacode.parallel.mesh import Mesh
@@ -181,11 +179,4 @@ def main(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instea
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    command_line(main)

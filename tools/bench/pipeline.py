@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Annotated
 import typer
 
 from megacode.parallel.timeline import bubble_formula
-from megacode.tools.bench.processes import Figures, Span, Team, figures_of, step_seconds
+from megacode.tools.bench.processes import Figures, Span, Team, command_line, figures_of, step_seconds
 
 SEQUENCE, HIDDEN = 256, 1024
 """Of a hidden state between stages, one sample in fp32: 1 MiB."""
@@ -153,8 +152,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    command_line(main)

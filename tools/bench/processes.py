@@ -8,14 +8,18 @@ import logging
 import multiprocessing
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
+import typer
+
+from megacode.errors import UserError
 from megacode.recipe import Recipe
 from megacode.tools.bench.contest import Step, step_batches
 
@@ -34,6 +38,16 @@ Span = tuple[float, float]
 
 Figures = tuple[float, float, float]
 """Median, lowest and highest of what was measured."""
+
+
+def command_line(main: Callable[..., None]) -> NoReturn:
+    """Run a benchmark by its command line; exit code 2 for a mistake of the user, 1 for a failure, a line each."""
+    try:
+        typer.run(main)
+    except (UserError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    sys.exit(0)
 
 
 def figures_of(values: Sequence[float]) -> Figures:

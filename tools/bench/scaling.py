@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from megacode.recipe import Recipe
 from megacode.tools.bench.busy import KERNELS, Kernel, make_busy
 from megacode.tools.bench.contest import check_losses, contest_recipe, layout_words, step_batches
 from megacode.tools.bench.ours import mesh_of, micro_batch, start_engine
-from megacode.tools.bench.processes import Figures, Span, Team, figures_of, step_seconds
+from megacode.tools.bench.processes import Figures, Span, Team, command_line, figures_of, step_seconds
 
 SAMPLES = 16
 """Of a step, over all processes."""
@@ -246,11 +245,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    command_line(main)

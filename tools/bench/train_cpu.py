@@ -13,11 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
-from megacode.errors import UserError
 from megacode.recipe import Recipe
 from megacode.tools.bench import ours, overhead, peers
 from megacode.tools.bench.contest import SHAPES, Step, check_losses, contest_recipe
-from megacode.tools.bench.processes import Memory, Team, contestant
+from megacode.tools.bench.processes import Memory, Team, command_line, contestant
 
 COMPARED_STEPS = 3
 OVERHEAD_REPETITIONS = 10
@@ -189,11 +188,4 @@ def _progress(text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    command_line(main)
