@@ -72,6 +72,8 @@ def plan(
         "devices_per_node": gpus_per_node,
     }  # fmt: skip
     hardware = _hardware(device.value, given)
+    if memory_gib is not None and not memory_gib > 0:
+        raise UserError(f"--memory-gib must be above 0, not {memory_gib:g}")
     config = recipes.load(recipe, overrides)
     if config.model.vocabulary is None:
         raise UserError("model.vocabulary is left to the tokenizer; say it for the plan, e.g. model.vocabulary=32016")
@@ -97,7 +99,7 @@ def plan(
 
 def _hardware(device: str, given: dict[str, Any]) -> Hardware:
     for key, value in given.items():
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise UserError(f"--{key.replace('_', '-')} must be above 0, not {value}")
     return dataclasses.replace(HARDWARE[device], **{key: value for key, value in given.items() if value is not None})
 

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3, stage_1_and_2, utils
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -27,6 +28,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
     set_z3_leaf_modules,
 )
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -52,6 +54,21 @@ def check_version() -> None:
             f"deepspeed {deepspeed.__version__} is installed and megacode works with {VERSION} only; "
             f"pip install deepspeed=={VERSION}"
         )
+
+
+def check_zero_section(section: dict[str, Any], path: str | None) -> None:
+    """Refuse what DeepSpeed would in zero_optimization, before it is too late for a line.
+
+    Raises:
+        UserError: names the file and the first key that is unknown or has a wrong value.
+    """
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
+        wrong = "unknown to DeepSpeed; remove it" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UserError(f"{path}: {where}: {wrong}") from None
 
 
 def skip_shared_memory_op() -> None:

@@ -30,6 +30,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 check_version = private.check_version
 
 
+def check_config(recipe: Recipe) -> None:
+    """Refuse a DeepSpeed file that the engine could not be made with.
+
+    Raises:
+        UserError: names the file and the key.
+    """
+    private.check_zero_section(deepspeed_config(recipe)["zero_optimization"], recipe.deepspeed_config)
+
+
 def start_deepspeed() -> None:
     """Let DeepSpeed find the initialised torch.distributed. Once a process, before any engine."""
     # DeepSpeed calls collectives by names that torch has renamed; its users can't mend that.

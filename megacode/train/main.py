@@ -19,8 +19,7 @@ from megacode import recipe
 from megacode.checkpoint import store
 from megacode.data.stream import TrainStream, ValidationStream
 from megacode.data.tokenizer import Tokenizer
-from megacode.engine.config import deepspeed_config
-from megacode.engine.zero import ZeroEngine, check_version, start_deepspeed
+from megacode.engine.zero import ZeroEngine, check_config, check_version, start_deepspeed
 from megacode.errors import UserError
 from megacode.parallel.heartbeat import doing, waiting
 from megacode.parallel.mesh import Mesh, build_mesh
@@ -59,7 +58,7 @@ def main(arguments: list[str]) -> int:
         layout = fit(config, place.world_size)
         run = Run(config, layout, place, device)
         doing("opening the data")
-        deepspeed_config(config)
+        check_config(config)
         check_trackers(config)
         streams = start.open_streams(config, tokenizer)
         start.check_run_folder(config, streams[0].windows.num_tokens)

@@ -8,6 +8,8 @@ import torch
 from support.training import recipe
 
 from megacode.engine.config import deepspeed_config
+from megacode.engine.zero import check_config
+from megacode.errors import UserError
 from megacode.model.layers import PlainLayers
 from megacode.model.llama import Block
 from megacode.recipe import ModelSection
@@ -59,3 +61,23 @@ def test_no_auto_is_left_for_deepspeed(tmp_path):
     keys = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters")
     file.write_text(json.dumps({"zero_optimization": dict.fromkeys(keys, "auto")}))
     assert "auto" not in zero_section(ModelSection(preset="nano"), file).values()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"foo": 3}, r"deepspeed\.json: zero_optimization\.foo: unknown to DeepSpeed; remove it"),
+        ({"offload_param": {"device": "cpu", "foo": 1}}, r"zero_optimization\.offload_param\.foo: unknown"),
+        ({"reduce_bucket_size": "many"}, r"zero_optimization\.reduce_bucket_size: Input should be a valid integer"),
+    ],
+)
+def test_what_deepspeed_would_refuse_is_a_line(tmp_path, section, message):
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": section}))
+    with pytest.raises(UserError, match=message):
+        check_config(recipe(parallel={"zero": 3}, deepspeed_config=str(file)))
+
+
+def test_the_files_that_come_along_are_accepted():
+    for file in FILES:
+        check_config(recipe(parallel={"zero": 3}, deepspeed_config=file and str(file)))

@@ -181,6 +181,8 @@ def test_bad_use_is_refused_with_the_mend(tmp_path):
     for arguments, message in (
         (["model.vocabulary=null"], r"model\.vocabulary is left to the tokenizer"),
         (["--efficiency", "0"], r"--efficiency must be above 0"),
+        (["--memory-gib", "-1"], r"--memory-gib must be above 0, not -1"),
+        (["--memory-gib", "nan"], r"--memory-gib must be above 0, not nan"),
         (["parallel.tensor=3"], r"processes can't be shared"),
     ):
         with pytest.raises(UserError, match=message):

@@ -246,6 +246,7 @@ DEMO = "launchers/recipes/demo.yaml"
     ("arguments", "message"),
     [
         ([DEMO], 'say what to verify: --layout "tp2 pp2", --resume, or both'),
+        ([DEMO, "--layout", "zero1", "--json", "/nowhere/x.json"], "--json: /nowhere is no folder; make it"),
         ([DEMO, "--layout", "tp2 oops"], '--layout "tp2 oops": oops is no word of a layout'),
         ([DEMO, "--layout", "zero1", "--layout", "tp4"], '--layout "tp4": model.heads (6)'),
         ([DEMO, "--layout", "dp3"], "the next one up is 12"),

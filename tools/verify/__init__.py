@@ -46,6 +46,8 @@ def verify(
 
     if not (layout or resume):
         raise UserError('say what to verify: --layout "tp2 pp2", --resume, or both')
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json: {json_file.parent} is no folder; make it, or name another file")
     config = load(recipe, overrides)
     results: dict[str, Any] = {}
     good = True
