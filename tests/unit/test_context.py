@@ -136,6 +136,7 @@ def test_a_layer_never_asks_the_device(monkeypatch, ranks, recompute):
     losses = model(batch.tokens, batch.positions, batch.segments, batch.labels)
     losses.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+    # What a layer would have to do to wait for its device does fail here, each in torch's own way.
     for ask in (Tensor.tolist, Tensor.nonzero, lambda x: x.max().item()):
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             ask(batch.segments.cu_seqlens)
