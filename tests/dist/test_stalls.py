@@ -1,11 +1,11 @@
 """One rank stops at a definite place: the verdict names it and what it is in, on four ranks as TP2 x PP2 mostly."""
 
 import json
-import time
 
 import pytest
+from support import traps
 from support.launching import status, write_recipe
-from support.stalling import at_call, run_ranks, stop_here
+from support.stalling import run_ranks
 
 STALL_SECONDS = 10
 SETTINGS = (
@@ -19,67 +19,17 @@ def recipe(tmp_path_factory):
     return write_recipe(tmp_path_factory.mktemp("stalls"))
 
 
-def in_a_tensor_collective():
-    import torch.distributed as dist
-
-    at_call(dist, "all_reduce", 20, stop_here, when=lambda *args, **kwargs: kwargs.get("async_op"))
-
-
-def in_a_transfer():
-    import torch.distributed as dist
-
-    original, calls = dist.irecv, 0
-
-    class Stopping:
-        def __init__(self, work):
-            self.work = work
-
-        def wait(self):
-            nonlocal calls
-            calls += 1
-            if calls == 6:  # of four micro-batches a step
-                stop_here()
-            return self.work.wait()
-
-    dist.irecv = lambda *args, **kwargs: Stopping(original(*args, **kwargs))
-
-
-def before_the_process_group():
-    from megacode.train import main
-
-    at_call(main, "start_process_group", 1, stop_here)
-
-
-def in_the_engines_construction():
-    from megacode.engine import zero
-
-    at_call(zero, "build_chunks", 1, stop_here)
-
-
-def in_the_data_loader():
-    from megacode.data.stream import TrainStream
-
-    at_call(TrainStream, "micro_batch", 5, lambda: time.sleep(100))
-
-
-def in_a_collective_of_deepspeed():
-    import torch.distributed as dist
-
-    # The gradient norm, a scalar, is summed over the data ranks.
-    at_call(dist, "all_reduce", 1, stop_here, when=lambda tensor, *args, **kwargs: tensor.numel() == 1)
-
-
 def lines(run):
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
 CASES = [
-    (in_a_tensor_collective, 1, "is stopped in all-reduce of tensor ranks 0-1 in backward of chunk 0", "ranks 0, 2-3"),
-    (in_a_transfer, 2, "is stopped in receive from rank 0 in forward of chunk 0, micro-batch 1 of step 2", "ranks 0-1, 3"),
-    (before_the_process_group, 3, "is stopped in rendezvous of world ranks 0-3 in starting the process group", "ranks 0-2"),
-    (in_the_engines_construction, 1, "is stopped in building the model", "ranks 0, 2-3"),
-    (in_the_data_loader, 2, "stands in reading data of step 2", "ranks 0-1, 3"),
-    (in_a_collective_of_deepspeed, 0, "is stopped in all-reduce of data ranks 0-1 in optimizer of step 1", "rank 1"),
+    (traps.in_a_tensor_collective, 1, "is stopped in all-reduce of tensor ranks 0-1 in backward of chunk 0", "ranks 0, 2-3"),
+    (traps.in_a_transfer, 2, "is stopped in receive from rank 0 in forward of chunk 0, micro-batch 1 of step 2", "ranks 0-1, 3"),
+    (traps.before_the_process_group, 3, "is stopped in rendezvous of world ranks 0-3 in starting the process group", "ranks 0-2"),
+    (traps.in_the_engines_construction, 1, "is stopped in building the model", "ranks 0, 2-3"),
+    (traps.in_the_data_loader, 2, "stands in reading data of step 2", "ranks 0-1, 3"),
+    (traps.in_a_collective_of_deepspeed, 0, "is stopped in all-reduce of data ranks 0-1 in optimizer of step 1", "rank 1"),
 ]  # fmt: skip
 
 
@@ -87,7 +37,7 @@ CASES = [
 def test_a_rank_that_stops_is_named(recipe, trap, rank, place, others):
     run, size = recipe.parent / trap.__name__, 4
     settings = SETTINGS
-    if trap is in_a_collective_of_deepspeed:
+    if trap is traps.in_a_collective_of_deepspeed:
         settings, size = (*SETTINGS, "parallel.tensor=1", "parallel.pipeline=1"), 2
     ended = run_ranks(recipe, f"run={run}", *settings, trap=trap, trapped=rank, world_size=size)
     assert ended.codes == [76] * size, ended.output
@@ -104,19 +54,7 @@ def test_a_rank_that_stops_is_named(recipe, trap, rank, place, others):
     stacks = {int(file.name[5:10]): file.read_text() for file in (run / "stacks").iterdir()}
     assert set(stacks) == set(range(size))
     assert all(f"rank {number}, host" in text and "main.py" in text for number, text in stacks.items())
-    assert f"in {'<lambda>' if trap is in_the_data_loader else 'stop_here'}" in stacks[rank].split("Now:")[0]
-
-
-def slow_forward():
-    from megacode.model.llama import Llama
-
-    original = Llama.forward
-
-    def slowed(self, *args, **kwargs):
-        time.sleep(0.15)
-        return original(self, *args, **kwargs)
-
-    Llama.forward = slowed
+    assert f"in {'<lambda>' if trap is traps.in_the_data_loader else 'stop_here'}" in stacks[rank].split("Now:")[0]
 
 
 TWO = (*SETTINGS, "parallel.tensor=1", "parallel.pipeline=1")
@@ -125,7 +63,7 @@ TWO = (*SETTINGS, "parallel.tensor=1", "parallel.pipeline=1")
 def test_a_slow_rank_is_named_while_the_run_goes_on(recipe):
     run = recipe.parent / "slow"
     settings = (*TWO, "logging.phases=true", "schedule.steps=45", "checkpoint.every_steps=100")
-    ended = run_ranks(recipe, f"run={run}", *settings, trap=slow_forward, trapped=1, world_size=2)
+    ended = run_ranks(recipe, f"run={run}", *settings, trap=traps.slow_forward, trapped=1, world_size=2)
     assert ended.codes == [0, 0], ended.output
     (event,) = (line for line in lines(run) if line["event"] == "straggler")
     assert (event["rank"], event["phase"]) == (1, "forward")
@@ -134,25 +72,11 @@ def test_a_slow_rank_is_named_while_the_run_goes_on(recipe):
     assert event["text"] in ended.output
 
 
-def other_parameters():
-    from megacode.train import main
-
-    original = main.ZeroEngine
-
-    def changed(*args, **kwargs):
-        engine = original(*args, **kwargs)
-        name = next(iter(engine.parameters))
-        engine.parameters[name] = engine.parameters[name].detach().double()
-        return engine
-
-    main.ZeroEngine = changed
-
-
 @pytest.mark.parametrize(
     ("own", "trap", "message"),
     [
         ("parallel.pipeline=2", None, "parallel.pipeline is 2 on rank 1 and 1 on the others; give all hosts the same"),
-        ("seed=0", other_parameters, "torch.float64 on rank 1 and (616, 64) torch.float32 on the others of its data ranks"),
+        ("seed=0", traps.other_parameters, "torch.float64 on rank 1 and (616, 64) torch.float32 on the others of its data ranks"),
     ],
     ids=["recipe", "parameters"],
 )  # fmt: skip
