@@ -176,6 +176,20 @@ class ParallelSection(Section):
         return self.reduce or ("step" if self.zero == 1 else "microbatch")
 
 
+class KernelsSection(Section):
+    """Which backend computes an operation. auto: the fastest that is right for device, dtype, shape and mask; a start
+    says which and why. One that is named and cannot serve ends the start with the reason."""
+
+    attention: Literal["auto", "flash_attn_3", "cudnn", "flash_attn", "triton", "sdpa_flash", "torch"] = "auto"
+    """Causal attention, inside of documents where there are document masks."""
+    rope: Literal["auto", "triton", "torch"] = "auto"
+    """Rotary positions of q and k."""
+    rms_norm: Literal["auto", "triton", "apex", "liger", "torch"] = "auto"
+    """RMSNorm, alone and with the residual sum before it."""
+    swiglu: Literal["auto", "triton", "liger", "torch"] = "auto"
+    """silu(gate) * up of the feed-forward."""
+
+
 class BatchSection(Section):
     global_samples: int = Field(gt=0)
     """Sequences of one optimizer step, over all ranks."""
@@ -281,6 +295,7 @@ class Recipe(Section):
     tokenizer: TokenizerSection
     data: DataSection
     parallel: ParallelSection = ParallelSection()
+    kernels: KernelsSection = KernelsSection()
     batch: BatchSection
     optimizer: OptimizerSection
     schedule: ScheduleSection

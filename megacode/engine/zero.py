@@ -60,7 +60,8 @@ class ZeroEngine:
         with _construction(parallel.zero, mesh, device, dtype, config):
             chunks = build_chunks(recipe, layout, mesh, device, dtype)
         self.parameters = dict(chunks.global_parameters())
-        self.backends = chunks.backends
+        self.backends = {operation: choice.name for operation, choice in chunks.choices.items()}
+        self.reasons = {operation: choice.reason for operation, choice in chunks.choices.items()}
         for parameter in self.parameters.values():
             private.mark_norm_owner(parameter, part_of(parameter).dim is not None or mesh.tensor_rank == 0)
         private.check_traces_within(mesh.data_group)

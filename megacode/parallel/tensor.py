@@ -4,7 +4,7 @@ In shapes, `sequence` is what a context rank holds of each sequence, and `stream
 parallelism, else the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megacode.kernels.dispatch import Choice
 from megacode.model.layers import IGNORE, Embedding, Linear, PlainLayers, Slice, part_of
 from megacode.model.linear import Exchange, linears
 from megacode.parallel.collectives import Replicated, SplitSequence, sum_over_tensor_ranks
@@ -111,8 +112,9 @@ class TensorLayers(PlainLayers):
         dtype: torch.dtype = torch.float32,
         recompute: Recompute = "none",
         split_sequence: bool = False,
+        choices: Mapping[str, Choice] | None = None,
     ) -> None:
-        super().__init__(device, dtype, recompute)
+        super().__init__(device, dtype, recompute, choices)
         assert mesh.tensor_group is not None, "one tensor rank is PlainLayers"
         self.group, self.rank, self.ranks = mesh.tensor_group, mesh.tensor_rank, mesh.tensor
         self.split_sequence = split_sequence

@@ -161,18 +161,20 @@ class Run:
         if mesh.rank == 0:
             step, hosts = progress.step, self.hosts
             facts = metrics.start_facts(config, self.layout, device, hosts, step, newest, engine.backends)
-            self._announce(step, newest, facts)
+            self._announce(step, newest, facts, engine.reasons)
         recorder = record(device) if config.logging.phases else None
         return Trainer(
             config, self.layout, mesh, device, engine, stream, validation, progress, self.requests, self.journal,
             recorder,
         )  # fmt: skip
 
-    def _announce(self, step: int, newest: Path | None, facts: dict[str, Any]) -> None:
+    def _announce(self, step: int, newest: Path | None, facts: dict[str, Any], reasons: Mapping[str, str]) -> None:
         """Rank 0 opens the run's files and says what starts."""
         doing("opening the run's files")
         steps = self.recipe.schedule.steps
         print(f"{'resuming from ' + str(newest) if newest else 'starting'} at step {step}", flush=True)
+        for operation, reason in reasons.items():
+            print(f"{operation} by {facts['backends'][operation]} ({reason})", flush=True)
         if step >= steps:
             print(f"nothing to do: schedule.steps is {steps}; raise it to go on", flush=True)
         else:
