@@ -41,7 +41,8 @@ def _heads(batch: int, sequence: int, heads: int, head_dim: int = 32) -> Tensor:
 
 
 def _rope() -> dict[str, list[Any]]:
-    return {"": [_heads(2, 65, 4), _heads(2, 65, 2), torch.randint(0, 16_384, (2, 65)), 1e6]}
+    q, k = _heads(2, 65, 4).flatten(-2), _heads(2, 65, 2).flatten(-2)
+    return {"": [q, k, torch.randint(0, 16_384, (2, 65)), 1e6, 32]}
 
 
 def _attention() -> dict[str, list[Any]]:
@@ -140,7 +141,8 @@ def _differentiable(x: Any) -> bool:
 def _differentiate(function: Callable[..., Any], inputs: list[Any]) -> list[Tensor]:
     """The outputs and then the gradients of their sum weighted with fixed numbers."""
     arguments = [x.detach().requires_grad_() if _differentiable(x) else x for x in inputs]
-    result = function(*arguments)
+    # Copies: rope writes into what it is given, which torch refuses of a leaf.
+    result = function(*(x.clone() if _differentiable(x) else x for x in arguments))
     outputs = list(result) if isinstance(result, tuple) else [result]
     weights = [_weights(x) for x in outputs]
     leaves = [x for x in arguments if _differentiable(x)]

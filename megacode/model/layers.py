@@ -122,8 +122,11 @@ class Layers(Protocol):
     """What backward computes again."""
     choices: Mapping[str, dispatch.Choice]
     """Which backend computes each operation that has several, and why."""
-    rope: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    """(q, k, positions, theta) -> rotated q, k; half-split pairs as in HF."""
+    rope: Callable[[Tensor, Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+    """(q, k, positions, theta, head_dim) -> rotated q, k [batch, sequence, heads, head_dim]; half-split pairs as in HF.
+
+    In place: q and k [batch, sequence, heads * head_dim] are given away.
+    """
     attention: Callable[[Tensor, Tensor, Tensor, Segments | None], Tensor]
     """Causal attention core: q [batch, sequence, heads, head_dim], k and v with kv_heads, segments -> as q."""
     swiglu: Callable[[Tensor, Tensor], Tensor]

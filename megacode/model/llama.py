@@ -31,10 +31,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm, positions: Tensor, segments: Segments | None) -> Tensor:
         """Of the norm of x: [batch, stream, hidden] -> the same"""
-        maps = self.layers.columns(norm, x, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.layers.columns(norm, x, (self.q_proj, self.k_proj, self.v_proj))
         # [batch, sequence, this rank's heads or kv_heads, head_dim]
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in maps)
-        q, k = self.layers.rope(q, k, positions, self.theta)
+        q, k = self.layers.rope(q, k, positions, self.theta, self.head_dim)
+        v = v.unflatten(-1, (-1, self.head_dim))
         return self.o_proj(self.layers.attention(q, k, v, segments).flatten(-2))
 
 
