@@ -166,6 +166,7 @@ def _losses_torch(logits: Tensor, labels: Tensor, start: int, ranks: Ranks | Non
             slope = (logits[rows] - tops[0, rows].unsqueeze(1)).exp_().mul_(scale[rows].unsqueeze(1))
             slope.scatter_add_(1, local[rows], minus[rows].unsqueeze(1))
             logits[rows] = slope.masked_fill_(ignored[rows].unsqueeze(1), 0.0)
+            del slope  # or else it would live beside the next
     return losses
 
 
@@ -213,7 +214,7 @@ def _combine(tops: Tensor, totals: Tensor, ignored: Tensor, ranks: Ranks | None)
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Slices of rows: their fp32 copies stay in a processor's cache, or are large enough to keep a GPU busy."""
-    elements = 2**18 if logits.device.type == "cpu" else 2**24
+    elements = 2**17 if logits.device.type == "cpu" else 2**24
     size = max(1, elements // logits.shape[1])
     return (slice(first, first + size) for first in range(0, logits.shape[0], size))
 

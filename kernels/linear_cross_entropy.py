@@ -2,8 +2,8 @@
 
 Tokens go through in chunks: logits of a chunk (2 * h * V FLOPs a token, h hidden and V local rows), losses and gradient
 over the logits (`cross_entropy`), then what the chunk gives to the gradients of x (2 * h * V) and of the weight
-(2 * h * V): all of it in forward, so that logits need not be computed again. Backward is left to multiply both gradients
-by one number. Bound by the products: of bf16, a token of a chunk of c moves besides what these and the cross-entropy
+(2 * h * V): all of it in forward, so that logits need not be computed again. Backward is left to multiply both
+gradients by one number. Bound by the products: of bf16, a token of a chunk of c moves besides what these and the loss
 move 8 * h * V / c bytes, the weight's gradient read and written in fp32.
 
 Memory besides inputs, outputs and gradients is the logits of a chunk and little more. The weight's gradient counts in
@@ -144,6 +144,7 @@ def _accumulate(total: Tensor, slopes: Tensor, x: Tensor) -> None:
         torch.addmm(total, slopes.t(), x, out_dtype=torch.float32, out=total)
     else:
         wide = x.float()  # torch has no such product on a CPU
-        for first in range(0, total.shape[0], 4096):
-            rows = slice(first, first + 4096)
+        size = max(1, 2**18 // x.shape[0])
+        for first in range(0, total.shape[0], size):
+            rows = slice(first, first + size)
             total[rows].addmm_(slopes[:, rows].float().t(), wide)
