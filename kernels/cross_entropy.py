@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megacode.kernels.rows import at_least_fp32
+
 IGNORE = -100
 """Label of a token without loss."""
 LOWEST = -1e38
@@ -61,7 +63,12 @@ class Computation:
 
 
 def cross_entropy_torch(
-    logits: Tensor, labels: Tensor, start: int = 0, ranks: Ranks | None = None, expected: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    start: int = 0,
+    ranks: Ranks | None = None,
+    expected: Tensor | None = None,
+    columns: int | None = None,
 ) -> Tensor:
     """The negative log-likelihood of each label, fp32 [tokens], in plain torch: the twin.
 
@@ -81,18 +88,25 @@ def cross_entropy_torch(
         ranks: who holds the other columns; None: nobody.
         expected: the gradient that will flow into the losses, fp32 on the logits' device, one number or [tokens], never
             0. It is the same on all ranks.
+        columns: how many of the columns are of the vocabulary; the others are padding, and their gradient is 0. None:
+            all. (Of a narrower view autograd would copy the gradient into zeros.)
     """
-    return _apply(TORCH, logits, labels, start, ranks, expected)
+    return _apply(TORCH, logits, labels, start, ranks, expected, columns)
 
 
 def cross_entropy_triton(
-    logits: Tensor, labels: Tensor, start: int = 0, ranks: Ranks | None = None, expected: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    start: int = 0,
+    ranks: Ranks | None = None,
+    expected: Tensor | None = None,
+    columns: int | None = None,
 ) -> Tensor:
     """`cross_entropy_torch` in Triton, with the same bits in every run: one kernel alone, two among ranks.
 
     Rows whose stride is a multiple of 16 bytes are read and written 16 bytes at a time.
     """
-    return _apply(TRITON, logits, labels, start, ranks, expected)
+    return _apply(TRITON, logits, labels, start, ranks, expected, columns)
 
 
 def _apply(
@@ -102,12 +116,13 @@ def _apply(
     start: int,
     ranks: Ranks | None,
     expected: Tensor | None,
+    columns: int | None,
 ) -> Tensor:
     logits = _dense(logits)
     if not (torch.is_grad_enabled() and logits.requires_grad):
-        return by.losses(logits, labels, start, ranks, None)
+        return by.losses(logits[:, :columns], labels, start, ranks, None)
     expected = logits.new_ones((), dtype=torch.float32) if expected is None else expected
-    return _CrossEntropy.apply(logits, by, labels, start, ranks, expected.expand(labels.shape))
+    return _CrossEntropy.apply(logits, by, labels, start, ranks, expected.expand(labels.shape), columns)
 
 
 def _dense(logits: Tensor) -> Tensor:
@@ -127,13 +142,16 @@ class _CrossEntropy(torch.autograd.Function):
         start: int,
         ranks: Ranks | None,
         expected: Tensor,
+        columns: int | None,
     ) -> Tensor:
-        losses = by.losses(logits, labels, start, ranks, expected)
+        losses = by.losses(logits[:, :columns], labels, start, ranks, expected)
+        if columns is not None:
+            logits[:, columns:] = 0
         # Autograd learns by the version that the logits are no longer what they were. Were they marked dirty, they
         # would be an output, and where they are a view (of padded or of unflattened ones) their gradient be copied.
         torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits, expected)
-        ctx.by = by
+        ctx.by, ctx.columns = by, columns
         return losses
 
     @staticmethod
@@ -142,8 +160,8 @@ class _CrossEntropy(torch.autograd.Function):
         gradient, expected = ctx.saved_tensors
         torch.autograd.graph.increment_version(gradient)  # it is given away, so a second backward finds it changed
         gradient = gradient.detach()
-        ctx.by.rescale(gradient, grad, expected)
-        return gradient, None, None, None, None, None
+        ctx.by.rescale(gradient[:, : ctx.columns], grad, expected)
+        return gradient, None, None, None, None, None, None
 
 
 def _losses_torch(logits: Tensor, labels: Tensor, start: int, ranks: Ranks | None, factors: Tensor | None) -> Tensor:
@@ -152,16 +170,17 @@ def _losses_torch(logits: Tensor, labels: Tensor, start: int, ranks: Ranks | Non
     local = labels - start
     foreign, ignored = (local < 0) | (local >= columns), labels == IGNORE
     local = local.masked_fill(foreign, 0).unsqueeze(1)
-    tops, totals = logits.new_empty(2, tokens, dtype=torch.float32), logits.new_empty(tokens, dtype=torch.float32)
+    wide = at_least_fp32(logits.dtype)
+    tops, totals = logits.new_empty(2, tokens, dtype=wide), logits.new_empty(tokens, dtype=wide)
     for rows in _blocks(logits):
         part = logits[rows]
-        top = part.amax(1).float().clamp_(min=LOWEST)
+        top = part.amax(1).to(wide).clamp_(min=LOWEST)
         tops[0, rows], tops[1, rows] = top, part.gather(1, local[rows]).squeeze(1)
         totals[rows] = (part - top.unsqueeze(1)).exp_().sum(1)
     tops[1].masked_fill_(foreign, float("-inf"))
     losses = _combine(tops, totals, ignored, ranks)
     if factors is not None:
-        scale, minus = factors / totals, factors.masked_fill(foreign, 0.0).neg_()
+        scale, minus = factors / totals, factors.to(wide).masked_fill(foreign, 0.0).neg_()
         for rows in _blocks(logits):
             slope = (logits[rows] - tops[0, rows].unsqueeze(1)).exp_().mul_(scale[rows].unsqueeze(1))
             slope.scatter_add_(1, local[rows], minus[rows].unsqueeze(1))
@@ -172,6 +191,7 @@ def _losses_torch(logits: Tensor, labels: Tensor, start: int, ranks: Ranks | Non
 
 def _losses_triton(logits: Tensor, labels: Tensor, start: int, ranks: Ranks | None, factors: Tensor | None) -> Tensor:
     """`Losses` by Triton kernels."""
+    assert logits.dtype in (torch.float32, torch.bfloat16), logits.dtype
     tokens, columns = _sizes(logits, labels)
     labels, layout = labels.contiguous(), _layout(logits)
     stride, factor_stride = logits.stride(0) // layout["unit"], 0 if factors is None else factors.stride(0)
@@ -194,7 +214,6 @@ def _sizes(logits: Tensor, labels: Tensor) -> tuple[int, int]:
     """(tokens, columns)"""
     assert labels.shape == logits.shape[:1], (labels.shape, logits.shape)
     assert labels.dtype == torch.int64, labels.dtype
-    assert logits.dtype in (torch.float32, torch.bfloat16), logits.dtype
     assert logits.shape[1] > 0, logits.shape
     return logits.shape[0], logits.shape[1]
 

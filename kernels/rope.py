@@ -105,7 +105,7 @@ def _heads(x: Tensor, frequencies: Tensor) -> Tensor:
 
 
 _BLOCK = 2**20
-"""Elements that `_turn_torch` takes at a time: what is made of them stays in caches and is not memory new to the process.
+"""Elements that `_turn_torch` takes at a time: what is made of them stays in caches, in pages that were used before.
 
 Much smaller ones would gain nothing, and at the end of each operation the threads wait for one another.
 """

@@ -188,6 +188,8 @@ class KernelsSection(Section):
     """RMSNorm, alone and with the residual sum before it."""
     swiglu: Literal["auto", "triton", "liger", "torch"] = "auto"
     """silu(gate) * up of the feed-forward."""
+    cross_entropy: Literal["auto", "triton", "torch"] = "auto"
+    """The loss of each label, its gradient in place of the logits."""
 
 
 class BatchSection(Section):

@@ -10,6 +10,7 @@ from megacode.doctor.finding import Finding, verdict
 from megacode.doctor.versions import one_line
 from megacode.kernels import dispatch
 from megacode.kernels.attention import Segments
+from megacode.kernels.cross_entropy import IGNORE
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest difference over the largest value. fp32: a sum of some hundred terms loses some hundred times 6e-8. bf16: the
@@ -73,12 +74,19 @@ def _swiglu() -> dict[str, list[Any]]:
     return {"": [_states(), _states()]}
 
 
+def _cross_entropy() -> dict[str, list[Any]]:
+    labels = torch.randint(0, 1001, (37,))
+    labels[::5] = IGNORE
+    return {"": [2 * torch.randn(37, 1001, dtype=torch.float64), labels]}
+
+
 INPUTS: dict[str, Callable[[], dict[str, list[Any]]]] = {
     "attention": _attention,
     "rope": _rope,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "swiglu": _swiglu,
+    "cross_entropy": _cross_entropy,
 }
 """Operation -> the arguments of its cases by name; the floating-point tensors are the ones that are differentiated."""
 
