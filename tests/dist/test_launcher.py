@@ -202,6 +202,22 @@ def test_a_mistake_is_one_line_and_exit_2_before_any_process_group(recipe, overr
     assert "Traceback" not in done.stderr
 
 
+def test_a_taken_port_is_one_line_and_exit_2(recipe):
+    run = recipe.parent / "taken"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "launchers/train.py", str(recipe), f"run={run}", "parallel.pipeline=1"],
+            cwd=ROOT, env={**ENVIRONMENT, "MASTER_PORT": port}, text=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert [line for line in done.stderr.splitlines() if port in line] == [f"error: {status(run)['message']}"]
+    assert status(run)["message"].startswith(f"MASTER_PORT {port} is in use")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_damaged_checkpoint_is_one_line_and_exit_2(recipe, straight):
     run = recipe.parent / "damaged"
     shutil.copytree(straight, run)

@@ -272,6 +272,10 @@ def test_mistakes_in_what_the_recipe_names(run, tmp_path, monkeypatch):
     monkeypatch.setattr("megacode.train.start.open_streams", lambda recipe, tokenizer: None)
     code, (line,) = run(*given, f"checkpoint.start_from={reader.folder}")
     assert (code, "model.layers is 4 and" in line) == (2, True)
+    file = tmp_path / "deepspeed.json"
+    file.write_text('{"step_per_print": 1}')
+    code, (line,) = run(*given[:2], "zero3", given[3], f"deepspeed_config={file}")
+    assert (code, line.startswith(f"error: {file}: step_per_print: unknown to DeepSpeed")) == (2, True)
     code, (line,) = run(*given, "model.hidden=60000", "model.heads=600", "model.kv_heads=600", "model.layers=100")
     assert code == 2
     assert line.endswith("are free; shrink the model with --scale")
