@@ -15,7 +15,7 @@ from megacode.doctor.outcome import GRADIENT, WEIGHT, Outcome, combine, compare,
 from megacode.doctor.verify import Row, place, prepare, problems
 from megacode.model.layers import Slice
 from megacode.plan.cases import cases
-from megacode.tools.verify import layouts
+from megacode.tools.verify import layouts, resume
 
 NAMES = ("model.embed_tokens.weight", "model.layers.2.q.weight", "model.layers.10.q.weight")
 
@@ -251,10 +251,13 @@ DEMO = "launchers/recipes/demo.yaml"
         ([DEMO, "--layout", "zero1", "--layout", "tp4"], '--layout "tp4": model.heads (6)'),
         ([DEMO, "--layout", "dp3"], "the next one up is 12"),
         ([DEMO, "--layout", "zero1", "tokenizer.path=/nowhere/t.model"], "/nowhere/t.model"),
+        ([DEMO, "--layout", "zero1", "--resume", "--processes", 3], "3 processes can't be shared by"),
+        ([DEMO, "--resume", "--processes", 12], "global_samples"),
         (["/nowhere/my.yaml", "--layout", "zero1"], "cannot read the recipe /nowhere/my.yaml"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, message):
+def test_a_mistake_is_one_line_and_exit_code_2(run, monkeypatch, arguments, message):
+    monkeypatch.setattr(resume, "_train", None)  # no run is started
     code, lines = run(*arguments)
     assert code == 2
     assert len(lines) == 1

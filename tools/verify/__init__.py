@@ -42,20 +42,21 @@ def verify(
     Example: megacode verify --resume launchers/recipes/demo.yaml --processes 8
     """
     from megacode.tools.verify.layouts import verify_layouts
-    from megacode.tools.verify.resume import verify_resume
+    from megacode.tools.verify.resume import check_resume, verify_resume
 
     if not (layout or resume):
         raise UserError('say what to verify: --layout "tp2 pp2", --resume, or both')
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json: {json_file.parent} is no folder; make it, or name another file")
     config = load(recipe, overrides)
+    count = check_resume(config, scale, processes) if resume else 0
     results: dict[str, Any] = {}
     good = True
     if layout:
         results["layouts"] = verify_layouts(config, layout, scale, steps)
         good = all(row["ok"] for row in results["layouts"]["rows"])
     if resume:
-        results["resume"] = verify_resume(recipe, overrides or [], config, scale, processes, steps, more)
+        results["resume"] = verify_resume(recipe, overrides or [], config, scale, count, steps, more)
         good = good and not results["resume"]["differences"]
     if json_file is not None:
         try:
