@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from megacode import recipe as recipes
+from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.plan import report
 from megacode.plan.hardware import HARDWARE, Hardware
@@ -64,7 +65,7 @@ def plan(
 
     Example: megacode plan my.yaml --gpus 64 --memory-gib 76
 
-    Example: megacode plan my.yaml --gpus 1024 --search --write fast.yaml model.vocabulary=32016
+    Example: megacode plan my.yaml --gpus 1024 --search --write fast.yaml
     """
     given = {
         "peak_teraflops": peak_teraflops, "efficiency": efficiency, "memory_gb_per_second": memory_bandwidth,
@@ -75,17 +76,16 @@ def plan(
     if memory_gib is not None and not memory_gib > 0:
         raise UserError(f"--memory-gib must be above 0, not {memory_gib:g}")
     config = recipes.load(recipe, overrides)
-    if config.model.vocabulary is None:
-        raise UserError("model.vocabulary is left to the tokenizer; say it for the plan, e.g. model.vocabulary=32016")
+    planned = _with_vocabulary(config)
     limit_gib = hardware.memory_gib - RESERVED_GIB if memory_gib is None else memory_gib
     searching = searching or write is not None
     result: dict[str, Any] = {
         "recipe": str(recipe), "gpus": gpus, "memory_gib": limit_gib, "hardware": dataclasses.asdict(hardware),
     }  # fmt: skip
-    result["own"] = _own(config, gpus, hardware, limit_gib, refusal_is_an_answer=searching)
+    result["own"] = _own(planned, gpus, hardware, limit_gib, refusal_is_an_answer=searching)
     good = bool(result["own"].get("fits"))
     if searching:
-        found = search(config, gpus, limit_gib * GIB, hardware)
+        found = search(planned, gpus, limit_gib * GIB, hardware)
         result["search"] = report.search_report(found, gpus)
         good = bool(found.fitting)
         if write is not None and good:
@@ -95,6 +95,20 @@ def plan(
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     _show(result)
     raise typer.Exit(0 if good else 1)
+
+
+def _with_vocabulary(config: Recipe) -> Recipe:
+    """The recipe with its tokenizer's vocabulary, where it leaves that to the tokenizer."""
+    if config.model.vocabulary is not None:
+        return config
+    path = config.tokenizer.path
+    if not Path(path).is_file():
+        raise UserError(
+            f"model.vocabulary is left to the tokenizer and {path} is not there; say it for the plan, e.g. "
+            f"model.vocabulary=32016, or name a tokenizer with tokenizer.path"
+        )
+    model = config.model.model_copy(update={"vocabulary": Tokenizer(path).vocabulary})
+    return config.model_copy(update={"model": model})
 
 
 def _hardware(device: str, given: dict[str, Any]) -> Hardware:

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from support.exports import train_tokenizer
 from typer.testing import CliRunner
 
 from megacode import recipe as recipes
 from megacode.cli import app
+from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.parallel.timeline import simulate
 from megacode.plan.activations import activation_bytes
@@ -18,6 +20,7 @@ from megacode.plan.cost import Cost
 from megacode.plan.hardware import HARDWARE
 from megacode.plan.layout import fit
 from megacode.plan.memory import memory, recipe_job, stage_memory, worst_stage
+from megacode.plan.model import num_parameters
 from megacode.plan.search import GIB, RECOMPUTE, apply, mend, search
 
 H100 = HARDWARE["H100"]
@@ -175,11 +178,23 @@ def test_the_winner_is_written_as_a_recipe(tmp_path):
     assert max(stage.total_bytes for stage in stage_memory(config, fit(config, 64))) <= 76 * GIB
 
 
+def test_the_tokenizer_gives_the_vocabulary(tmp_path):
+    """Of a recipe that leaves it to the tokenizer; what is written leaves it too."""
+    base, file = tmp_path / "mine.yaml", tmp_path / "fast.yaml"
+    tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
+    config = write(base, model={"vocabulary": None}, tokenizer={"path": str(tokenizer)})
+    done = run(base, "--gpus", 64, "--write", file, "--json", tmp_path / "plan.json")
+    assert done.exit_code == 0, done.output
+    model = config.model.model_copy(update={"vocabulary": Tokenizer(tokenizer).vocabulary})
+    assert json.loads((tmp_path / "plan.json").read_text())["own"]["parameters"] == num_parameters(model)
+    assert "model" not in yaml.safe_load(file.read_text())
+
+
 def test_bad_use_is_refused_with_the_mend(tmp_path):
     base = tmp_path / "mine.yaml"
     write(base)
     for arguments, message in (
-        (["model.vocabulary=null"], r"model\.vocabulary is left to the tokenizer"),
+        (["model.vocabulary=null"], r"model\.vocabulary is left to the tokenizer and unused is not there; say it for"),
         (["--efficiency", "0"], r"--efficiency must be above 0"),
         (["--memory-gib", "-1"], r"--memory-gib must be above 0, not -1"),
         (["--memory-gib", "nan"], r"--memory-gib must be above 0, not nan"),
