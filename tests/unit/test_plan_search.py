@@ -1,6 +1,7 @@
 """`megacode plan`: verdicts, the search, the written recipe, and what it never imports."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +22,8 @@ from megacode.plan.hardware import HARDWARE
 from megacode.plan.layout import fit
 from megacode.plan.memory import memory, recipe_job, stage_memory, worst_stage
 from megacode.plan.model import num_parameters
-from megacode.plan.search import GIB, RECOMPUTE, apply, mend, search
+from megacode.plan.search import RECOMPUTE, apply, mend, search
+from megacode.plan.units import GIB, size
 
 H100 = HARDWARE["H100"]
 
@@ -160,6 +162,23 @@ def test_the_command(tmp_path, monkeypatch):
     small = run("mine.yaml", "--gpus", 64, "--memory-gib", 10)
     assert small.exit_code == 1
     assert small.output.startswith("does not fit: stage 0 needs ")
+
+
+def test_small_models_are_told_in_smaller_units(tmp_path):
+    """No column of zeros: MiB where nothing in a table comes to a GiB."""
+    write(tmp_path / "small.yaml", model={"preset": "nano", "vocabulary": 300}, batch={"sequence_length": 256})
+    done = run(tmp_path / "small.yaml", "--gpus", 8)
+    assert done.exit_code == 0, done.output
+    assert re.match(r"fits: stage 0 needs [\d.]+ MiB of 76 GiB\n", done.output)
+    assert "MiB of a GPU at its worst moment" in done.output
+    assert "host MiB a GPU" in done.output
+    row = next(line.split() for line in done.output.splitlines() if line.split()[:2] == ["0", "4"])
+    assert all(float(value) > 0 for value in row[4:7])
+    write(tmp_path / "big.yaml")
+    assert "GiB of a GPU at its worst moment" in run(tmp_path / "big.yaml", "--gpus", 64).output
+    assert [size(value) for value in (0, 2000, 252_000_000, 51.339 * GIB, 2**50)] == [
+        "0 B", "1.953 KiB", "240.3 MiB", "51.34 GiB", "1,024 TiB",
+    ]  # fmt: skip
 
 
 def test_the_winner_is_written_as_a_recipe(tmp_path):
