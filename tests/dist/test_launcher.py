@@ -181,6 +181,7 @@ def test_an_error_of_a_rank_is_told_and_ends_the_run(recipe):
         (["tokenizer.path=/nowhere/t.model"], "/nowhere/t.model"),
         (["batch.sequence_length=1000", "batch.global_samples=2"], "global_samples"),
         (["--deepspeed_config", "/nowhere/ds.json"], "deepspeed_config: cannot read /nowhere/ds.json"),
+        (["logging.profile_steps=[9]"], "logging.profile_steps: no step 9"),
         (["parallel.zero=2"], "ds_configs/zero3.json: zero_optimization.stage is 3"),
         (["schedule.steps=many"], "schedule.steps: Input should be a valid integer, not 'many'"),
         (["tokenizer.path=launchers"], "launchers"),

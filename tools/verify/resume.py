@@ -92,6 +92,7 @@ def _command(recipe: Path, overrides: list[str], config: Recipe, processes: int,
         "logging.validate_every_steps": steps,
         "logging.wandb": "null",
         "logging.tensorboard": "false",
+        "logging.profile_steps": "[]",
     }
     changes = [*overrides, *(f"{key}={value}" for key, value in short.items())]
     return [sys.executable, *launcher, *place, "-m", "megacode.train", str(recipe), *changes]
