@@ -1,7 +1,6 @@
 """`megacode plan`: does a recipe fit, what does a step cost, which layout is the quickest."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterable
 from enum import StrEnum
@@ -20,6 +19,7 @@ from megacode.plan.memory import recipe_job
 from megacode.plan.search import apply, mend, search
 from megacode.plan.units import GIB, size, table_unit
 from megacode.recipe import Recipe
+from megacode.tools.output import JsonFile, json_output
 
 RESERVED_GIB = 3.0
 """Of a device's memory, not for tensors: CUDA's context, NCCL's buffers, fragmentation."""
@@ -58,7 +58,7 @@ def plan(
     write: Annotated[
         Path | None, typer.Option(help="Write the quickest layout as a recipe that names this one as its base.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all of it as JSON.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Say whether a recipe fits a number of GPUs, stage by stage, and what its step costs. Needs no GPU and no torch.
 
@@ -84,18 +84,18 @@ def plan(
     result: dict[str, Any] = {
         "recipe": str(recipe), "gpus": gpus, "memory_gib": limit_gib, "hardware": dataclasses.asdict(hardware),
     }  # fmt: skip
-    result["own"] = _own(planned, gpus, hardware, limit_gib, refusal_is_an_answer=searching)
-    good = bool(result["own"].get("fits"))
-    if searching:
-        found = search(planned, gpus, limit_gib * GIB, hardware)
-        result["search"] = report.search_report(found, gpus)
-        good = bool(found.fitting)
-        if write is not None and good:
-            report.write_recipe(write, recipe, apply(config, found.fitting[0].changes))
-            result["written"] = str(write)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _show(result)
+    with json_output(json_file) as write_json:
+        result["own"] = _own(planned, gpus, hardware, limit_gib, refusal_is_an_answer=searching)
+        good = bool(result["own"].get("fits"))
+        if searching:
+            found = search(planned, gpus, limit_gib * GIB, hardware)
+            result["search"] = report.search_report(found, gpus)
+            good = bool(found.fitting)
+            if write is not None and good:
+                report.write_recipe(write, recipe, apply(config, found.fitting[0].changes))
+                result["written"] = str(write)
+        write_json(result)
+        _show(result)
     raise typer.Exit(0 if good else 1)
 
 

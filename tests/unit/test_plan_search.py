@@ -159,6 +159,9 @@ def test_the_command(tmp_path, monkeypatch):
     planned = stage_memory(config, fit(config, 64))
     assert [row["total_gib"] for row in report["stages"]] == [stage.total_bytes / GIB for stage in planned]
     assert report["step_seconds"] == pytest.approx(sum(report["parts_seconds"].values()))
+    aside = run("mine.yaml", "--gpus", 64, "--memory-gib", 76, "--json", "-")
+    assert json.loads(aside.stdout)["own"] == report
+    assert aside.stderr == done.output
     small = run("mine.yaml", "--gpus", 64, "--memory-gib", 10)
     assert small.exit_code == 1
     assert small.output.startswith("does not fit: stage 0 needs ")
