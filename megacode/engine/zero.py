@@ -37,7 +37,7 @@ def check_config(recipe: Recipe) -> None:
     Raises:
         UserError: names the file and the key.
     """
-    private.check_zero_section(deepspeed_config(recipe)["zero_optimization"], recipe.deepspeed_config)
+    private.check_config(deepspeed_config(recipe), recipe.deepspeed_config)
 
 
 def start_deepspeed() -> None:

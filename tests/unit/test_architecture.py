@@ -31,7 +31,11 @@ ALLOWED = {
         *("errors", "recipe", "plan", "kernels", "model", "data", "parallel", "engine", "checkpoint", "train"),
         "doctor",
     },
-    "tools.bench": {"errors", "recipe", "plan", "kernels", "model", "parallel", "engine", "tools.bench"},
+    "tools.output": {"errors"},
+    "tools.bench": {
+        *("errors", "recipe", "plan", "kernels", "model", "parallel", "engine", "tools.output"),
+        "tools.bench",
+    },
     "tools": {
         *("errors", "recipe", "plan", "kernels", "model", "data", "checkpoint", "doctor", "tools"),
         *("parallel.stages", "parallel.schedule", "parallel.timeline"),
