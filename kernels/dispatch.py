@@ -81,8 +81,11 @@ def _import_failure(module: str, package: str) -> str | None:
     return None
 
 
-# Operation -> backends in the order in which `auto` prefers them. The last one is plain torch and serves everywhere.
-TABLE: dict[str, dict[str, Backend]] = {
+Table = dict[str, dict[str, Backend]]
+"""Operation -> backends in the order in which `auto` prefers them; one of them serves everywhere."""
+
+# The last one is plain torch.
+TABLE: Table = {
     "rope": {
         "triton": Backend(_triton_refusal, rope_triton),
         "torch": Backend(_always, rope_torch),
@@ -94,26 +97,29 @@ TABLE: dict[str, dict[str, Backend]] = {
 }
 
 
-def choose(operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype) -> Choice:
+def choose(
+    operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype, table: Table = TABLE
+) -> Choice:
     """The function that computes `operation` on `device` with tensors of `dtype`.
 
     `auto` takes the first of the table that serves; its reason says what the ones before it lack. UserError when a
-    backend asked for by name does not exist or cannot serve here.
+    backend asked for by name does not exist or cannot serve here. `table`: of other operations than the kernels'.
     """
-    backends = TABLE[operation]
+    backends = table[operation]
     if backend != "auto":
-        return _forced(operation, backend, device, dtype)
+        return _forced(operation, backends, backend, device, dtype)
     passed_over: list[str] = []
     for name, candidate in backends.items():
         refusal = candidate.refusal(device, dtype)
         if refusal is None:
             return Choice(name, candidate.function, "; ".join(passed_over) or "the preferred one")
         passed_over.append(f"not {name}: {refusal}")
-    raise AssertionError(f"{operation}: the last backend of the table must serve everywhere")
+    raise AssertionError(f"{operation}: a backend of the table must serve everywhere")
 
 
-def _forced(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    backends = TABLE[operation]
+def _forced(
+    operation: str, backends: dict[str, Backend], backend: str, device: torch.device, dtype: torch.dtype
+) -> Choice:
     if backend not in backends:
         raise UserError(f"{operation} has no backend '{backend}': take one of auto, {', '.join(backends)}")
     refusal = backends[backend].refusal(device, dtype)
@@ -126,13 +132,14 @@ def _forced(operation: str, backend: str, device: torch.device, dtype: torch.dty
     return Choice(backend, backends[backend].function, "asked for")
 
 
-def explain(device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+def explain(device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16, table: Table = TABLE) -> list[Row]:
     """Every backend of every operation, for `device` (the current CUDA device if there is one, else the CPU)."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [
-        Row(operation, name, name == choose(operation, device=device, dtype=dtype).name, backend.refusal(device, dtype))
-        for operation, backends in TABLE.items()
+        Row(operation, name, name == chosen.name, backend.refusal(device, dtype))
+        for operation, backends in table.items()
+        for chosen in [choose(operation, device=device, dtype=dtype, table=table)]
         for name, backend in backends.items()
     ]
 

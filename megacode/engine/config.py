@@ -87,6 +87,15 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     return config
 
 
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether what DeepSpeed is given keeps masters and moments in the host's memory."""
+    return _offloads(config["zero_optimization"], "optimizer")
+
+
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    return bool((zero.get(f"offload_{what}") or {}).get("device", "none") != "none")
+
+
 def _read(path: str) -> dict[str, Any]:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -126,7 +135,7 @@ def _check_offload(recipe: Recipe, zero: dict[str, Any]) -> None:
     for key in ("offload_param", "offload_optimizer"):
         if (zero.get(key) or {}).get("device") == "nvme":
             raise UserError(f"{path}: zero_optimization.{key}.device nvme can't be used; say cpu")
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    offload = _offloads(zero, "optimizer")
     # Below ZeRO-3 it has the norms of offloaded gradients before those of tensor ranks are summed.
     if offload and parallel.sequence and parallel.zero < 3:
         raise UserError(

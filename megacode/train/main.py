@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         layout = fit(config, place.world_size)
         run = Run(config, layout, place, device)
         doing("opening the data")
-        check_config(config)
+        check_config(config, device)
         check_trackers(config)
         streams = start.open_streams(config, tokenizer)
         start.check_run_folder(config, streams[0].windows.num_tokens)
