@@ -31,7 +31,10 @@ ALLOWED = {
         *("errors", "recipe", "plan", "kernels", "model", "data", "parallel", "engine", "checkpoint", "train"),
         "doctor",
     },
-    "tools.bench": {"errors", "recipe", "plan", "model", "parallel", "engine", "tools.bench"},
+    "tools.bench": {
+        *("errors", "recipe", "plan", "model", "data", "parallel", "engine", "checkpoint", "train"),
+        "tools.bench",
+    },
     "tools": {
         *("errors", "recipe", "plan", "kernels", "model", "data", "checkpoint", "doctor", "tools"),
         *("parallel.stages", "parallel.schedule", "parallel.timeline"),
