@@ -71,3 +71,36 @@ def updates(config: Recipe, rates: list[float]) -> list[dict[str, Any]]:
         })  # fmt: skip
     engine.engine.destroy()
     return seen
+
+
+def device_waits(config: Recipe, steps: int, as_deepspeed: bool) -> list[int]:
+    """How often each step has DeepSpeed wait for the whole device, with its own timers or with ours."""
+    from unittest import mock
+
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    from megacode.engine.config import deepspeed_config
+    from megacode.engine.zero import ZeroEngine, start_deepspeed
+    from megacode.parallel.mesh import build_mesh
+
+    def with_its_timers(recipe: Recipe) -> dict[str, Any]:
+        return {**deepspeed_config(recipe), "timers": {}}
+
+    start_deepspeed()
+    plan = fit(config, dist.get_world_size())
+    mesh = _mesh(build_mesh, plan.pipeline, plan.data, plan.tensor, 1)
+    made = with_its_timers if as_deepspeed else deepspeed_config
+    with mock.patch("megacode.engine.zero.deepspeed_config", made):
+        engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
+    counts = []
+    for number in range(steps):
+        tokens, labels = samples(config, number)
+        rows = range(mesh.zero_rank, len(tokens), mesh.zero_size)
+        batches = [micro_batch(config, tokens[r : r + 1], labels[r : r + 1]) for r in rows]
+        with mock.patch.object(type(get_accelerator()), "synchronize") as waits:
+            engine.train_step(batches, 1e-2)
+            engine.update(1e-3)
+        counts.append(waits.call_count)
+    engine.engine.destroy()
+    return counts
