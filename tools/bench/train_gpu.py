@@ -10,7 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -164,10 +166,14 @@ def serve_device(kind: str) -> Callable[[str, int], Device]:
                 torch.mm(x, x)
             wait()
             seconds.append((time.perf_counter() - started) / 10)
+        versions = package_versions()
+        for package in ("transformers", "liger-kernel"):
+            with suppress(metadata.PackageNotFoundError):
+                versions[package] = metadata.version(package)
         name = torch.cuda.get_device_name() if cuda else "CPU"
         memory = torch.cuda.get_device_properties(0).total_memory if cuda else 8 * GIB
         speed = 2 * size**3 / median(seconds) / 1e12
-        return Device(kind, name, memory, speed, peak_teraflops(name) if cuda else None, package_versions())
+        return Device(kind, name, memory, speed, peak_teraflops(name) if cuda else None, versions)
 
     return look
 
