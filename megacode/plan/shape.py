@@ -241,7 +241,7 @@ def _context_moments(w: int, h: int, k: int, f: int, context: int) -> tuple[Mome
     """
     met, stream = _met(w, k, context), w * h
     none, selective = stream - 2 * w * h, stream - w * h
-    gathered = 2 * w * k * context + w * (h + 5 * k) - 2 * w * h
+    gathered = 2 * w * k * context + 4 * w * k - 2 * w * h
     return (
         Moment("attention", 2 * met + w * h - 3 * w * f, none, recompute=("none",)),
         Moment("attention", 2 * met + w * h - 2 * w * f, selective, recompute=("selective",)),

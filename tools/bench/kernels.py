@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import typer
 
 from megacode.errors import UserError
 from megacode.tools.bench.processes import command_line
+from megacode.tools.output import JsonFile, json_output
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Other numbers of tokens; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file; - prints them.")] = None,
+    json_file: JsonFile = None,
     png: Annotated[Path | None, typer.Option(help="Draw the rates into this file.")] = None,
 ) -> None:
     """Time every kernel forward and backward: this trainer's, eager and compiled torch, and the packages that are here.
@@ -79,24 +79,23 @@ def main(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device; give --device cpu with few --tokens to try the tool")
     where, dtype = torch.device(device), {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    facts = _facts(where, precision)
-    ceilings = measure_ceilings(where, dtype)
-    typer.echo(f"{facts['device']}, {precision}, torch {facts['torch']}, triton {facts['triton']}", err=True)
-    copy, products = _rate(ceilings.copy_terabytes, "TB/s"), _rate(ceilings.matmul_teraflops, "TFLOP/s")
-    typer.echo(f"measured here: copy {copy.strip()}, matmul {products.strip()}", err=True)
-    rows: list[Row] = []
-    lines: set[str] = set()
-    for case in kernel_cases.cases(where, dtype, tokens, operation):
-        for row in measure(case, ceilings):
-            rows.append(row)
-            line = _line(row)
-            if line not in lines:  # why somebody is missing, once an operation
-                typer.echo(line, err=as_json is not None and str(as_json) == "-")
-            lines.add(line)
-    if as_json is not None:
-        found = facts | {"ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}
-        text = json.dumps(found, indent=1)
-        typer.echo(text) if str(as_json) == "-" else as_json.write_text(text + "\n", encoding="utf-8")
+    if png is not None and not png.absolute().parent.is_dir():
+        raise UserError(f"--png: {png.parent} is no folder; make it, or name another file")
+    with json_output(json_file) as write:
+        facts, ceilings = _facts(where, precision), measure_ceilings(where, dtype)
+        copy, products = _rate(ceilings.copy_terabytes, "TB/s"), _rate(ceilings.matmul_teraflops, "TFLOP/s")
+        print(f"{facts['device']}, {precision}, torch {facts['torch']}, triton {facts['triton']}")
+        print(f"measured here: copy {copy.strip()}, matmul {products.strip()}", flush=True)
+        rows: list[Row] = []
+        lines: set[str] = set()
+        for case in kernel_cases.cases(where, dtype, tokens, operation):
+            for row in measure(case, ceilings):
+                rows.append(row)
+                line = _line(row)
+                if line not in lines:  # why somebody is missing, once an operation
+                    print(line, flush=True)
+                lines.add(line)
+        write(facts | {"ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]})
     if png is not None:
         draw(rows, ceilings, facts["device"], png)
 
