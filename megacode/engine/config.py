@@ -87,7 +87,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # its CPU Adam would be compiled at start
     config.setdefault("steps_per_print", None)
     # From the third step on its throughput timer would wait for the device at every forward.
-    config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     return config
 
 
