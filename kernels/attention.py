@@ -5,7 +5,6 @@ sequence where there are no segments) and h = heads * head_dim, forward takes 2 
 causal half only, and backward 2.5 times that.
 """
 
-import importlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,9 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megacode.kernels.flash_attention import flash_attention
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,19 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
-def attention_flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
-    """`attention_torch` by the flash-attn package (Dao 2023, FlashAttention-2): CUDA and bf16 only.
+def attention_cudnn(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """`attention_torch` by cuDNN alone: an error where it does not serve."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return attention_torch(q, k, v, segments)
 
-    Since its version 2.1 the queries are the last of the keys' tokens, as here.
-    """
-    flash_attn = importlib.import_module("flash_attn")  # by name: type checkers seldom have the package
-    if segments is None:
-        return flash_attn.flash_attn_func(q, k, v, causal=True)
-    flat = (x.flatten(0, 1) for x in (q, k, v))  # [batch * sequence, heads, head_dim]
-    bounds = segments.cu_seqlens, segments.cu_seqlens_k, max(segments.lengths), max(segments.lengths_k)
-    return flash_attn.flash_attn_varlen_func(*flat, *bounds, causal=True).view(q.shape)
+
+def attention_sdpa_flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """`attention_torch` by torch's own flash attention alone: an error where it does not serve."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return attention_torch(q, k, v, segments)
+
+
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """`attention_torch` by `flash_attention`, one call whatever the segments."""
+    bounds = (None, None) if segments is None else (segments.cu_seqlens, segments.cu_seqlens_k)
+    return flash_attention(q, k, v, *bounds)

@@ -1,27 +1,63 @@
 """Which backend computes an operation here: one table, one choice, one explanation. Imports no backend until asked."""
 
 import importlib
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
 
-from megacode.errors import UserError
-from megacode.kernels.attention import attention_flash, attention_torch
+from megacode.kernels import packages
+from megacode.kernels.attention import attention_cudnn, attention_sdpa_flash, attention_torch, attention_triton
+from megacode.kernels.cross_entropy import cross_entropy_torch, cross_entropy_triton
+from megacode.kernels.packages import import_failure
+from megacode.kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton, rms_norm_torch, rms_norm_triton
 from megacode.kernels.rope import rope_torch, rope_triton
+from megacode.kernels.swiglu import swiglu_torch, swiglu_triton
+
+
+class UnservableError(ValueError):
+    """A backend was asked for by name that does not exist or cannot serve. The message is one line with the mend."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the backends of a model's operations would have to serve."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int = 128
+    hidden: int = 4096
+    segments: bool = False
+    """Whether attention stays inside of segments: packed documents, or the parts of sequences that context ranks have.
+    No backend may ignore them; some can only serve them by a call a segment."""
+    capability: tuple[int, int] = (0, 0)
+    """Of a CUDA device: (8, 0) for an A100, (9, 0) for an H100 or H200."""
+
+
+def task(device: torch.device, dtype: torch.dtype, **shape: Any) -> Task:
+    """A Task on a device that is here; `shape`: its other fields."""
+    cuda = device.type == "cuda" and torch.cuda.is_available()
+    return Task(device, dtype, **shape, capability=torch.cuda.get_device_capability(device) if cuda else (0, 0))
+
+
+Reason = Callable[[Task], str | None]
+
+
+def _none(task: Task) -> None:
+    return None
 
 
 @dataclass(frozen=True)
 class Backend:
     """One way to compute an operation."""
 
-    refusal: Callable[[torch.device, torch.dtype], str | None]
-    """Why it cannot serve on this device with this dtype, or None where it can."""
+    refusal: Reason
+    """Why it cannot serve a task, or None where it can."""
     function: Callable[..., Any]
+    drawback: Reason = _none
+    """Why `auto` passes over it where it can serve: it would be slow."""
 
 
 @dataclass(frozen=True)
@@ -33,34 +69,42 @@ class Choice:
     reason: str
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of `explain`: a backend of an operation, whether `auto` takes it, why it cannot serve (None: it can)."""
-
-    operation: str
-    backend: str
-    chosen: bool
-    refusal: str | None
+def _not_on_cuda(task: Task) -> str | None:
+    return None if task.device.type == "cuda" else f"it needs a CUDA device and this one is {task.device.type}"
 
 
-def _always(device: torch.device, dtype: torch.dtype) -> None:
-    return None
+def _not_bf16(task: Task) -> str | None:
+    word = str(task.dtype).removeprefix("torch.")
+    return None if task.dtype == torch.bfloat16 else f"it computes in bfloat16 and this is {word}"
 
 
-def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return f"it needs a CUDA device and this one is {device.type}"
-    return _import_failure("triton", "triton")
+def _older_than(major: int, task: Task, name: str) -> str | None:
+    have = ".".join(map(str, task.capability))
+    return None if task.capability >= (major, 0) else f"it needs {name} or newer, and this device has capability {have}"
 
 
-def _flash_attn_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return f"it needs a CUDA device and this one is {device.type}"
-    if dtype != torch.bfloat16:
-        return f"it computes in bfloat16 and this is {str(dtype).removeprefix('torch.')}"
-    failure = _import_failure("flash_attn", "flash-attn")
-    if failure is not None:
-        return failure
+def _triton(task: Task) -> str | None:
+    return _not_on_cuda(task) or _older_than(8, task, "an A100") or import_failure("triton", "triton")
+
+
+def _triton_norm(task: Task) -> str | None:
+    return _triton(task) or (f"it holds rows of 16384 and hidden is {task.hidden}" if task.hidden > 16384 else None)
+
+
+def _apex(task: Task) -> str | None:
+    missing = None if packages.nvidia_apex_available() else "NVIDIA's apex is not installed (github.com/NVIDIA/apex)"
+    return _not_on_cuda(task) or missing
+
+
+def _liger(task: Task) -> str | None:
+    return _triton(task) or import_failure("liger_kernel.ops", "liger-kernel")
+
+
+def _flash_attn(task: Task) -> str | None:
+    refusal = _not_on_cuda(task) or _older_than(8, task, "an A100") or _not_bf16(task) or _wider_heads(256, task)
+    refusal = refusal or import_failure("flash_attn", "flash-attn")
+    if refusal is not None:
+        return refusal
     version = str(importlib.import_module("flash_attn").__version__)
     if Version(version) < Version("2.1"):
         return (
@@ -70,84 +114,114 @@ def _flash_attn_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _import_failure(module: str, package: str) -> str | None:
-    """Imports `module`: a wheel built for another torch is found but does not load, so looking for it is not enough."""
-    if importlib.util.find_spec(module) is None:
-        return f"it is not installed (pip install {package})"
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError) as error:
-        return f"it is installed but does not import: {' '.join(str(error).split())}"
-    return None
+def _flash_attn_3(task: Task) -> str | None:
+    other = None if task.capability[0] == 9 else "it is made for Hopper (H100, H200)"
+    refusal = _not_on_cuda(task) or other or _not_bf16(task) or _wider_heads(256, task)
+    return refusal or import_failure("flash_attn_interface", "flash_attn_3")
+
+
+def _triton_attention(task: Task) -> str | None:
+    return _triton(task) or _wider_heads(128, task)
+
+
+def _sdpa(task: Task) -> str | None:
+    unaligned = None if task.head_dim % 8 == 0 else f"it needs a head_dim in eights and this is {task.head_dim}"
+    return _not_on_cuda(task) or _older_than(8, task, "an A100") or _not_bf16(task) or unaligned
+
+
+def _sdpa_cudnn(task: Task) -> str | None:
+    missing = None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
+    return _sdpa(task) or _wider_heads(128, task) or missing
+
+
+def _wider_heads(limit: int, task: Task) -> str | None:
+    return f"its head_dim is at most {limit} and this is {task.head_dim}" if task.head_dim > limit else None
+
+
+def _call_a_segment(task: Task) -> str | None:
+    return "it would need a call for each document" if task.segments else None
+
+
+def _slow_before_hopper(task: Task) -> str | None:
+    # transformers' pull request 48163: 1.7 to 2.3 times torch's flash attention on Hopper, 0.82 times on an A100.
+    before = "before Hopper torch's flash attention is faster" if task.capability < (9, 0) else None
+    return before or _call_a_segment(task)
 
 
 # Operation -> backends in the order in which `auto` prefers them. The last one is plain torch and serves everywhere.
+# The order on GPUs follows published figures (docs/benchmarks.md), not yet our own.
 TABLE: dict[str, dict[str, Backend]] = {
-    "rope": {
-        "triton": Backend(_triton_refusal, rope_triton),
-        "torch": Backend(_always, rope_torch),
-    },
     "attention": {
-        "flash_attn": Backend(_flash_attn_refusal, attention_flash),
-        "torch": Backend(_always, attention_torch),
+        "flash_attn_3": Backend(_flash_attn_3, packages.attention_flash_3),
+        "cudnn": Backend(_sdpa_cudnn, attention_cudnn, _slow_before_hopper),
+        "flash_attn": Backend(_flash_attn, packages.attention_flash),
+        "triton": Backend(_triton_attention, attention_triton),
+        "sdpa_flash": Backend(_sdpa, attention_sdpa_flash, _call_a_segment),
+        "torch": Backend(_none, attention_torch),
+    },
+    "rope": {
+        "triton": Backend(_triton, rope_triton),
+        "torch": Backend(_none, rope_torch),
+    },
+    "rms_norm": {
+        "triton": Backend(_triton_norm, rms_norm_triton),
+        "apex": Backend(_apex, packages.rms_norm_apex),
+        "liger": Backend(_liger, packages.rms_norm_liger),
+        "torch": Backend(_none, rms_norm_torch),
+    },
+    "add_rms_norm": {
+        "triton": Backend(_triton_norm, add_rms_norm_triton),
+        "apex": Backend(_apex, packages.add_rms_norm_apex),
+        "liger": Backend(_liger, packages.add_rms_norm_liger),
+        "torch": Backend(_none, add_rms_norm_torch),
+    },
+    "cross_entropy": {
+        "triton": Backend(_triton, cross_entropy_triton),
+        "torch": Backend(_none, cross_entropy_torch),
+    },
+    "swiglu": {
+        "triton": Backend(_triton, swiglu_triton),
+        "liger": Backend(_liger, packages.swiglu_liger),
+        "torch": Backend(_none, swiglu_torch),
     },
 }
 
 
-def choose(operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype) -> Choice:
-    """The function that computes `operation` on `device` with tensors of `dtype`.
+def choose(operation: str, task: Task, backend: str = "auto") -> Choice:
+    """The function that computes `operation` for a task.
 
-    `auto` takes the first of the table that serves; its reason says what the ones before it lack. UserError when a
-    backend asked for by name does not exist or cannot serve here.
+    `auto` takes the first of the table that serves and has no drawback; its reason says what the ones before it lack.
+    UnservableError when a backend asked for by name does not exist or cannot serve.
     """
     backends = TABLE[operation]
     if backend != "auto":
-        return _forced(operation, backend, device, dtype)
-    passed_over: list[str] = []
+        return _forced(operation, backend, task)
+    passed_over: dict[str, list[str]] = {}
     for name, candidate in backends.items():
-        refusal = candidate.refusal(device, dtype)
-        if refusal is None:
-            return Choice(name, candidate.function, "; ".join(passed_over) or "the preferred one")
-        passed_over.append(f"not {name}: {refusal}")
+        against = candidate.refusal(task) or candidate.drawback(task)
+        if against is None:
+            reasons = "; ".join(f"not {', '.join(names)}: {reason}" for reason, names in passed_over.items())
+            return Choice(name, candidate.function, reasons or "the preferred one")
+        passed_over.setdefault(against, []).append(name)
     raise AssertionError(f"{operation}: the last backend of the table must serve everywhere")
 
 
-def _forced(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
+def _forced(operation: str, backend: str, task: Task) -> Choice:
     backends = TABLE[operation]
     if backend not in backends:
-        raise UserError(f"{operation} has no backend '{backend}': take one of auto, {', '.join(backends)}")
-    refusal = backends[backend].refusal(device, dtype)
+        raise UnservableError(f"{operation} has no backend '{backend}': take one of auto, {', '.join(backends)}")
+    refusal = backends[backend].refusal(task)
     if refusal is not None:
-        serving = [name for name, other in backends.items() if other.refusal(device, dtype) is None]
-        raise UserError(
+        serving = [name for name, other in backends.items() if other.refusal(task) is None]
+        raise UnservableError(
             f"backend '{backend}' of {operation} cannot serve here: {refusal}; mend that or take one of "
             f"auto, {', '.join(serving)}"
         )
     return Choice(backend, backends[backend].function, "asked for")
 
 
-def explain(device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
-    """Every backend of every operation, for `device` (the current CUDA device if there is one, else the CPU)."""
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return [
-        Row(operation, name, name == choose(operation, device=device, dtype=dtype).name, backend.refusal(device, dtype))
-        for operation, backends in TABLE.items()
-        for name, backend in backends.items()
-    ]
-
-
-def nvidia_apex_available() -> bool:
-    """Whether the `apex` that would be imported is NVIDIA's, with its fused RMSNorm.
-
-    PyPI's `apex` is an unrelated project whose import may fail, so the name alone proves nothing, and nothing is
-    imported unless there is an `apex.normalization`, which only NVIDIA's has.
-    """
-    spec = importlib.util.find_spec("apex")  # finds a top-level package without importing it
-    folders = (spec.submodule_search_locations if spec else None) or []
-    if not any(Path(folder, "normalization", "__init__.py").is_file() for folder in folders):
-        return False
-    try:
-        return hasattr(importlib.import_module("apex.normalization"), "FusedRMSNorm")
-    except (ImportError, OSError):
-        return False
+def choose_all(task: Task, backends: Mapping[str, str] | None = None) -> dict[str, Choice]:
+    """A model's operations: each by the backend that `backends` names for it, or `auto`; sums follow their norms."""
+    forced = dict(backends or {})
+    forced["add_rms_norm"] = forced.get("rms_norm", "auto")
+    return {operation: choose(operation, task, forced.get(operation, "auto")) for operation in TABLE}

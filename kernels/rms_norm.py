@@ -15,21 +15,48 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megacode.kernels.rows import at_least_fp32, empty_like, flat, row_parts
+
 
 def rms_norm_torch(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm of x [..., hidden] under weight [hidden], in plain torch: the twin, and transformers' LlamaRMSNorm.
 
-    Statistics are fp32. In bf16 it rounds twice, as transformers does: x over its root, and the weight's product.
+    Statistics are fp32. In bf16 it rounds twice, as transformers does: x over its root, and the weight's product. The
+    gradients cannot be differentiated again.
     """
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(x.dtype)
+    return _TorchNorm.apply(x, weight, epsilon)
 
 
 def add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x + residual, each [..., hidden], and the RMSNorm of that sum as its dtype holds it."""
     total = x + residual
     return total, rms_norm_torch(total, weight, epsilon)
+
+
+class _TorchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        normed = empty_like(x)
+        root = torch.empty(x.shape[:-1], dtype=at_least_fp32(x.dtype), device=x.device).flatten()
+        for part, out, inverse in row_parts(flat(x), flat(normed), root):
+            wide = part.to(root.dtype)
+            inverse.copy_(torch.rsqrt(wide.square().mean(-1) + epsilon))
+            torch.mul(weight, (wide * inverse[:, None]).to(x.dtype), out=out)
+        ctx.save_for_backward(x, weight, root)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, root = ctx.saved_tensors
+        grad_x, grad_weight = empty_like(x), torch.zeros(weight.shape, dtype=root.dtype, device=x.device)
+        for slope, part, inverse, out in row_parts(flat(grad), flat(x), root, flat(grad_x)):
+            normal, slope = part.to(root.dtype) * inverse[:, None], slope.to(root.dtype)
+            grad_weight += (slope * normal).sum(0)
+            slope = slope * weight
+            pull = (slope * normal).mean(-1, keepdim=True)
+            out.copy_(slope.sub_(normal.mul_(pull)).mul_(inverse[:, None]))
+        return grad_x, grad_weight.to(weight.dtype), None
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megacode.kernels.rows import empty_like, flat, row_parts
+
 
 def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, each [..., ffn], in plain torch: the twin, and what transformers computes.
 
-    In bf16 it rounds twice: silu(gate), and the product.
+    In bf16 it rounds twice: silu(gate), and the product. The gradients cannot be differentiated again.
     """
-    return F.silu(gate) * up
+    return _TorchSwiGlu.apply(gate, up)
 
 
 def swiglu_packed_torch(packed: Tensor) -> Tensor:
@@ -39,6 +41,29 @@ def swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_packed_triton(packed: Tensor) -> Tensor:
     """`swiglu_packed_torch` by the kernels of `swiglu_triton`: backward writes both halves of one gradient in place."""
     return _PackedSwiGlu.apply(packed)
+
+
+class _TorchSwiGlu(torch.autograd.Function):
+    """Keeps gate and up, where operations of plain torch would keep silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        product = empty_like(gate)
+        for gates, ups, out in row_parts(flat(gate), flat(up), flat(product)):
+            torch.mul(F.silu(gates), ups, out=out)
+        return product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = empty_like(gate), empty_like(up)
+        for slope, *parts in row_parts(*map(flat, (grad, gate, up, grad_gate, grad_up))):
+            gates, ups, gates_out, ups_out = parts
+            torch.mul(F.silu(gates), slope, out=ups_out)
+            torch.ops.aten.silu_backward.grad_input(slope * ups, gates, grad_input=gates_out)
+        return grad_gate, grad_up
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -10,6 +10,7 @@ from megacode.doctor.finding import Finding, verdict
 from megacode.doctor.versions import one_line
 from megacode.kernels import dispatch
 from megacode.kernels.attention import Segments
+from megacode.kernels.cross_entropy import IGNORE
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest difference over the largest value. fp32: a sum of some hundred terms loses some hundred times 6e-8. bf16: the
@@ -30,8 +31,10 @@ def check_backends(device: torch.device) -> Iterator[Finding]:
     """Each operation's backend and what speaks against the ones before it."""
     for dtype in dtypes(device):
         for operation in dispatch.TABLE:
-            choice = dispatch.choose(operation, device=device, dtype=dtype)
+            choice = dispatch.choose(operation, dispatch.task(device, dtype))
             yield Finding(f"{operation} {word(dtype)}", "ok", f"{choice.name}: {choice.reason}")
+        choice = dispatch.choose("attention", dispatch.task(device, dtype, segments=True))
+        yield Finding(f"attention of documents {word(dtype)}", "ok", f"{choice.name}: {choice.reason}")
 
 
 def _heads(batch: int, sequence: int, heads: int, head_dim: int = 32) -> Tensor:
@@ -55,7 +58,36 @@ def _attention() -> dict[str, list[Any]]:
     }
 
 
-INPUTS: dict[str, Callable[[], dict[str, list[Any]]]] = {"rope": _rope, "attention": _attention}
+def _states() -> Tensor:
+    return 2 * torch.randn(2, 33, 136, dtype=torch.float64)
+
+
+def _rms_norm() -> dict[str, list[Any]]:
+    return {"": [_states(), _states()[0, 0], 1e-5]}
+
+
+def _add_rms_norm() -> dict[str, list[Any]]:
+    return {"": [_states(), _states(), _states()[0, 0], 1e-5]}
+
+
+def _swiglu() -> dict[str, list[Any]]:
+    return {"": [_states(), _states()]}
+
+
+def _cross_entropy() -> dict[str, list[Any]]:
+    labels = torch.randint(0, 1001, (37,))
+    labels[::5] = IGNORE
+    return {"": [2 * torch.randn(37, 1001, dtype=torch.float64), labels]}
+
+
+INPUTS: dict[str, Callable[[], dict[str, list[Any]]]] = {
+    "attention": _attention,
+    "rope": _rope,
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "swiglu": _swiglu,
+    "cross_entropy": _cross_entropy,
+}
 """Operation -> the arguments of its cases by name; the floating-point tensors are the ones that are differentiated."""
 
 
@@ -64,7 +96,7 @@ def check_twins(device: torch.device) -> Iterator[Finding]:
     for dtype in dtypes(device):
         for operation, backends in dispatch.TABLE.items():
             for name, backend in backends.items():
-                if backend.refusal(device, dtype) is None:
+                if backend.refusal(dispatch.task(device, dtype)) is None:
                     yield check_twin(operation, name, backend.function, device, dtype)
 
 

@@ -5,7 +5,7 @@ A model asks a `Layers` for its parts and never learns how many ranks share them
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from megacode.kernels import dispatch
 from megacode.kernels.attention import Segments
+from megacode.kernels.cross_entropy import IGNORE as IGNORE
 from megacode.model.linear import ALONE, Exchange, linears
 from megacode.recipe import Recompute
-
-IGNORE = -100
-"""Label of a position without loss."""
 
 
 @dataclass(frozen=True)
@@ -70,29 +68,25 @@ def initial_values(name: str, part: Slice, seed: int) -> Tensor:
     return torch.empty(part.shape).normal_(0.0, part.std, generator=generator)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm (Zhang and Sennrich 2019) of x [..., hidden]: fp32 statistics, cast back, then the weight."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(x.dtype)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020), each [..., ffn]."""
-    return F.silu(gate) * up
-
-
 class Norm(nn.Module):
-    """RMSNorm with its weight."""
+    """RMSNorm with its weight.
 
-    def __init__(self, hidden: int, epsilon: float) -> None:
+    Args:
+        hidden: of x [..., hidden].
+        epsilon: added to the mean square.
+        alone, of_sum: the kernels, as `rms_norm_torch` and `add_rms_norm_torch`.
+    """
+
+    def __init__(
+        self, hidden: int, epsilon: float, alone: Callable[..., Tensor], of_sum: Callable[..., tuple[Tensor, Tensor]]
+    ) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.alone, self.of_sum = partial(alone, epsilon=epsilon), partial(of_sum, epsilon=epsilon)
         self.weight = describe(nn.Parameter(torch.empty(hidden)), Slice((hidden,), 0.0))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]"""
-        return rms_norm(x, self.weight, self.epsilon)
+        return self.alone(x, self.weight)
 
 
 class Linear(nn.Module):
@@ -124,8 +118,8 @@ class Layers(Protocol):
 
     recompute: Recompute
     """What backward computes again."""
-    backends: dict[str, str]
-    """Which backend computes each operation that has several."""
+    choices: Mapping[str, dispatch.Choice]
+    """Which backend computes each operation that has several, and why."""
     rope: Callable[[Tensor, Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
     """(q, k, positions, theta, head_dim) -> rotated q, k [batch, sequence, heads, head_dim]; half-split pairs as in HF.
 
@@ -133,6 +127,8 @@ class Layers(Protocol):
     """
     attention: Callable[[Tensor, Tensor, Tensor, Segments | None], Tensor]
     """Causal attention core: q [batch, sequence, heads, head_dim], k and v with kv_heads, segments -> as q."""
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    """silu(gate) * up (Shazeer 2020), each [..., local ffn]."""
 
     def embedding(self, rows: int, hidden: int, std: float) -> nn.Module:
         """Token ids [batch, sequence] -> [batch, stream, hidden]."""
@@ -147,7 +143,7 @@ class Layers(Protocol):
         ...
 
     def head(self, hidden: int, rows: int, std: float) -> nn.Module:
-        """[batch, stream, hidden] -> this rank's logits [batch, sequence, its rows], padding left out."""
+        """[batch, stream, hidden] -> this rank's logits [batch, sequence, its rows with padding]."""
         ...
 
     def norm(self, hidden: int, epsilon: float) -> Norm:
@@ -158,8 +154,22 @@ class Layers(Protocol):
         """The norm of x [batch, stream, hidden] through maps of `column`, [batch, sequence, local outputs] each."""
         ...
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Negative log-likelihood of each label [batch, sequence], 0 where IGNORE: fp32, the same on every rank."""
+    def sum_columns(
+        self, norm: Norm, x: Tensor, branch: Tensor, maps: Sequence[Linear]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x + branch, and `columns` of that sum."""
+        ...
+
+    def logits(self, padded: Tensor) -> Tensor:
+        """What the head gives, without padding."""
+        ...
+
+    def loss(self, padded: Tensor, labels: Tensor, scale: Tensor | None) -> Tensor:
+        """Negative log-likelihood of each label [batch, sequence], 0 where IGNORE: fp32, the same on every rank.
+
+        What the head gives is given away: its memory becomes that of its gradient. scale: of the gradient that backward
+        will come with, if it is known, fp32.
+        """
         ...
 
 
@@ -173,11 +183,13 @@ class PlainLayers:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         recompute: Recompute = "none",
+        choices: Mapping[str, dispatch.Choice] | None = None,
     ) -> None:
-        device, self.recompute = torch.device(device), recompute
-        choices = {name: dispatch.choose(name, device=device, dtype=dtype) for name in ("rope", "attention")}
-        self.backends = {name: choice.name for name, choice in choices.items()}
-        self.rope, self.attention = choices["rope"].function, choices["attention"].function
+        self.recompute = recompute
+        self.choices = choices or dispatch.choose_all(dispatch.task(torch.device(device), dtype))
+        names = ("rope", "attention", "swiglu")
+        self.rope, self.attention, self.swiglu = (self.choices[name].function for name in names)
+        self.cross_entropy = self.choices["cross_entropy"].function
 
     def embedding(self, rows: int, hidden: int, std: float) -> nn.Module:
         return Embedding(rows, hidden, Slice((rows, hidden), std))
@@ -192,15 +204,25 @@ class PlainLayers:
         return Linear(rows, hidden, Slice((rows, hidden), std))
 
     def norm(self, hidden: int, epsilon: float) -> Norm:
-        return Norm(hidden, epsilon)
+        return Norm(hidden, epsilon, self.choices["rms_norm"].function, self.choices["add_rms_norm"].function)
 
     def columns(self, norm: Norm, x: Tensor, maps: Sequence[Linear]) -> tuple[Tensor, ...]:
         weights = [each.weight for each in maps]
         if self.recompute == "selective":
-            again = partial(rms_norm, epsilon=norm.epsilon)
-            return linears(weights, x, norm.weight, first=again, exchange=self.exchange)
+            return linears(weights, x, norm.weight, first=norm.alone, exchange=self.exchange)
         return linears(weights, norm(x), exchange=self.exchange)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-        return losses.view(labels.shape)
+    def sum_columns(
+        self, norm: Norm, x: Tensor, branch: Tensor, maps: Sequence[Linear]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self.recompute == "selective":
+            total = x + branch
+            return total, self.columns(norm, total, maps)
+        total, normed = norm.of_sum(x, branch, norm.weight)
+        return total, linears([each.weight for each in maps], normed, exchange=self.exchange)
+
+    def logits(self, padded: Tensor) -> Tensor:
+        return padded
+
+    def loss(self, padded: Tensor, labels: Tensor, scale: Tensor | None) -> Tensor:
+        return self.cross_entropy(padded.flatten(0, 1), labels.flatten(), expected=scale).view(labels.shape)

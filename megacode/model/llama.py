@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megacode.kernels.attention import Segments
-from megacode.model.layers import Layers, Norm, PlainLayers, initial_values, part_of, swiglu
+from megacode.model.layers import Layers, Norm, PlainLayers, initial_values, part_of
 from megacode.recipe import ModelSection
 
 
@@ -48,12 +48,13 @@ class MLP(nn.Module):
         self.up_proj = layers.column(config.hidden, config.ffn, config.init_std)
         self.down_proj = layers.row(config.ffn, config.hidden, config.init_std)
 
-    def forward(self, x: Tensor, norm: Norm) -> Tensor:
-        """Of the norm of x: [batch, stream, hidden] -> the same"""
-        gate, up = self.layers.columns(norm, x, (self.gate_proj, self.up_proj))
+    def forward(self, x: Tensor, branch: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """The sum of x and branch, [batch, stream, hidden] each, and this of the norm of the sum."""
+        total, (gate, up) = self.layers.sum_columns(norm, x, branch, (self.gate_proj, self.up_proj))
+        swiglu = self.layers.swiglu
         if self.layers.recompute == "selective":
-            return self.down_proj(gate, up, first=swiglu)
-        return self.down_proj(swiglu(gate, up))
+            return total, self.down_proj(gate, up, first=swiglu)
+        return total, self.down_proj(swiglu(gate, up))
 
 
 class Block(nn.Module):
@@ -75,8 +76,9 @@ class Block(nn.Module):
         return self._run(x, positions, segments)
 
     def _run(self, x: Tensor, positions: Tensor, segments: Segments | None) -> Tensor:
-        x = x + self.self_attn(x, self.input_layernorm, positions, segments)
-        return x + self.mlp(x, self.post_attention_layernorm)
+        branch = self.self_attn(x, self.input_layernorm, positions, segments)
+        x, branch = self.mlp(x, branch, self.post_attention_layernorm)
+        return x + branch
 
 
 class Backbone(nn.Module):
@@ -119,7 +121,12 @@ class Llama(nn.Module):
         self.lm_head = self.parts.head(config.hidden, config.vocabulary, config.init_std) if last else None
 
     def forward(
-        self, x: Tensor, positions: Tensor, segments: Segments | None = None, labels: Tensor | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        segments: Segments | None = None,
+        labels: Tensor | None = None,
+        loss_scale: Tensor | None = None,
     ) -> Tensor:
         """One chunk's forward.
 
@@ -129,6 +136,8 @@ class Llama(nn.Module):
             segments: what attention stays inside of, over the flattened batch * sequence; None: each sequence is one
                 segment. Context ranks always have them (`parallel.context.own_part`).
             labels: [batch, sequence] of the last chunk; IGNORE has no loss.
+            loss_scale: the gradient that backward will come to each loss with, fp32 scalar. None: not known, or 1; any
+                is right, but another than was said costs a pass over the logits' gradient.
 
         Returns:
             Hidden states [batch, stream, hidden], for all chunks but the last; of the last, the negative
@@ -139,7 +148,7 @@ class Llama(nn.Module):
         if self.lm_head is None:
             return x
         logits = self.lm_head(x)
-        return logits if labels is None else self.parts.loss(logits, labels)
+        return self.parts.logits(logits) if labels is None else self.parts.loss(logits, labels, loss_scale)
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """Recipe + mesh -> this rank's chunks of the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from megacode.errors import UserError
 from megacode.kernels.attention import Segments
+from megacode.kernels.dispatch import Choice, UnservableError, choose_all, task
 from megacode.model.layers import PlainLayers
 from megacode.model.llama import Llama
 from megacode.parallel.context import ContextAttention
@@ -18,15 +20,21 @@ from megacode.recipe import Recipe
 class Chunks(nn.Module):
     """The chunks of one pipeline rank, as the one module that its engine holds."""
 
-    def __init__(self, chunks: list[Llama], backends: dict[str, str]) -> None:
+    def __init__(self, chunks: list[Llama], choices: Mapping[str, Choice]) -> None:
         super().__init__()
-        self.chunks, self.backends = nn.ModuleList(chunks), backends
+        self.chunks, self.choices = nn.ModuleList(chunks), choices
 
     def forward(
-        self, chunk: int, x: Tensor, positions: Tensor, segments: Segments | None, labels: Tensor | None
+        self,
+        chunk: int,
+        x: Tensor,
+        positions: Tensor,
+        segments: Segments | None,
+        labels: Tensor | None,
+        loss_scale: Tensor | None = None,
     ) -> Tensor:
         """See Llama.forward."""
-        return self.chunks[chunk](x, positions, segments, labels)
+        return self.chunks[chunk](x, positions, segments, labels, loss_scale)
 
     def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of all chunks."""
@@ -35,12 +43,16 @@ class Chunks(nn.Module):
 
 
 def build_chunks(recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Chunks:
-    """This rank's chunks, weights uninitialised. The caller sets default device and dtype, or zero.Init, around it."""
+    """This rank's chunks, weights uninitialised. The caller sets default device and dtype, or zero.Init, around it.
+
+    UserError when a kernel that the recipe asks for cannot serve here.
+    """
     recompute, split_sequence = recipe.parallel.recompute, recipe.parallel.sequence
+    choices = _kernels(recipe, mesh, device, dtype)
     layers = (
-        TensorLayers(mesh, device, dtype, recompute, split_sequence)
+        TensorLayers(mesh, device, dtype, recompute, split_sequence, choices)
         if mesh.tensor > 1
-        else PlainLayers(device, dtype, recompute)
+        else PlainLayers(device, dtype, recompute, choices)
     )
     if mesh.context_group is not None:
         layers.attention = ContextAttention(mesh.context_group, layers.attention, keep=recompute == "full")
@@ -50,5 +62,14 @@ def build_chunks(recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.devic
             Llama(recipe.model, layers, layout.stages[stage], first=stage == 0, last=stage == num_stages - 1)
             for stage in range(mesh.pipeline_rank, num_stages, mesh.pipeline)
         ],
-        layers.backends,
+        choices,
     )
+
+
+def _kernels(recipe: Recipe, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
+    shape = {"head_dim": recipe.model.head_dim, "hidden": recipe.model.hidden}
+    segments = recipe.data.document_masks or mesh.context > 1
+    try:
+        return choose_all(task(device, dtype, **shape, segments=segments), recipe.kernels.model_dump())
+    except UnservableError as error:
+        raise UserError(f"recipe section kernels: {error}") from None

@@ -10,7 +10,7 @@ from typing import Literal
 from megacode.parallel.schedule import one_f_one_b
 from megacode.parallel.timeline import in_flight
 from megacode.plan.job import Job
-from megacode.plan.shape import Moment, Shared
+from megacode.plan.shape import PART_ELEMENTS, Moment, Shared
 
 
 def activation_bytes(job: Job, layers: int = 1) -> float:
@@ -46,7 +46,11 @@ def copies_bytes(job: Job, copies: tuple[int, int, int]) -> float:
 def moment_bytes(job: Job, moment: Moment) -> float:
     """What a moment of backward adds to all that is kept, without gradients of weights."""
     split = moment.split / job.layout.tensor + moment.stream / sharing(job, "sequence")
-    return job.local_tokens * split + copies_bytes(job, moment.copies)
+    temporaries = 0.0
+    if part := moment.part:
+        elements = job.local_tokens * part.width / sharing(job, part.shared)
+        temporaries = part.element_bytes * min(elements, PART_ELEMENTS)
+    return job.local_tokens * split + copies_bytes(job, moment.copies) + temporaries
 
 
 def block_moments(job: Job) -> list[tuple[float, float]]:
@@ -57,8 +61,7 @@ def block_moments(job: Job) -> list[tuple[float, float]]:
     if job.recompute == "full":
         again = activation_bytes(replace(job, recompute="none"))
         again += job.local_tokens * job.shape.block.kept_again / job.layout.tensor
-        # Under fp32 the first norm keeps the block's input, which is there already.
-        again -= stream_bytes(job) if job.shape.element_bytes == 4 else 0.0
+        again -= stream_bytes(job)  # the block's input, which is there already
     return [
         (again + moment_bytes(job, moment), moment.weights / job.layout.tensor)
         for moment in job.shape.block.moments

@@ -209,19 +209,17 @@ def _gathered(job: Job, rank: int, last_chunk: bool) -> float:
 def _kept(job: Job, rank: int, load: Load) -> tuple[float, float]:
     """Bytes kept for backwards, and bytes of hidden states' gradients sent and not yet known to be received.
 
-    A chunk keeps what it received and what it sent; the gradient that comes back says that this was received. Of what
-    it sends back one is on its way: what comes of the next micro-batch says so of the one before.
+    A chunk keeps what it received, the input of its first block, and what it sent; the gradient that comes back says
+    that this was received. Of what it sends back one is on its way: what comes of the next micro-batch says so of the
+    one before.
     """
     layout, layers, stream = job.layout, job.chunk_layers(rank), stream_bytes(job)
-    # Else the first block keeps the same tensor.
-    received = job.shape.element_bytes == 2 and job.recompute == "none"
     kept = sent = 0.0
     for chunk, flights in enumerate(load.in_flight):
         stage = chunk * layout.pipeline + rank
         first, last = stage == 0, stage == len(layout.stages) - 1
         kept += flights * (activation_bytes(job, layers[chunk]) + (last_norm_bytes(job) if last else stream))
         if not first:
-            kept += flights * stream * received
             sent += stream * min(load.backwards[chunk], 1)
     return kept, sent
 

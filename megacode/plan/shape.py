@@ -14,8 +14,8 @@ Shared = Literal["tensor", "sequence"]
 else not."""
 
 NONE_AND_SELECTIVE: tuple[Recompute, ...] = ("none", "selective")
-NORM_BACKWARD = 20
-"""Bytes an element that the backward of a norm, as operations of plain torch, has in fp32 at once: five tensors."""
+PART_ELEMENTS = 2**18
+"""The most elements that the kernels of plain torch work on at once (kernels/rows.py); Triton's have no temporaries."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,17 @@ class Saved:
     shared: Shared
     kept: tuple[Recompute, ...] = NONE_AND_SELECTIVE
     """The policies of recomputation under which it is kept."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Temporaries of an operation that takes the rows of its tensors in parts, of at most PART_ELEMENTS."""
+
+    width: int
+    """Elements of a row, over all tensor ranks; a row is a token."""
+    element_bytes: int
+    """Of all temporaries together."""
+    shared: Shared
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class Moment:
     """Elements of gradients of weights, over all tensor ranks, that no accumulator has taken yet."""
     recompute: tuple[Recompute, ...] = ("none", "selective", "full")
     """The policies of recomputation under which the moment comes."""
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -122,13 +134,13 @@ class Shape:
 
 
 def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"], context: int = 1) -> Shape:
-    """Our model, as megacode/model/layers.py and llama.py compute it with plain torch.
+    """Our model, as megacode/model/layers.py and llama.py compute it with the kernels of kernels/.
 
     What backward keeps, per token, with w bytes an element (h hidden, k kv_heads * head_dim, f ffn, a heads):
-    a norm keeps its fp32 input, the normalised values and its output; attention q, k, v, its output and a float a head;
-    SwiGLU gate, up, silu(gate) and their product. Under bf16 the norm's fp32 input is a copy, and the block's own input
-    is not kept; under fp32 the two are one tensor. Context ranks keep the output of attention twice: by segment, and
-    joined (flash-attn has one). They keep their own k and v, except where full recomputation has run a block again:
+    a norm keeps its input, a float, and its output for the maps behind it; the first norm's input is the block's own,
+    the second's the residual sum. Attention keeps q, k, v, its output and a float a head; SwiGLU gate and up, and their
+    product for the map behind it. Context ranks keep the output of attention twice: by segment, and joined (one kernel
+    for all segments has it once). They keep their own k and v, except where full recomputation has run a block again:
     those of the whole sequence.
 
     Args:
@@ -142,16 +154,14 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
     h, k, f = model.hidden, model.kv_heads * model.head_dim, model.ffn
     outputs = 1 if context == 1 else 2
     saved = (
-        Saved("norms' fp32 input", 2 * 4 * h, "sequence", ("none",)),
-        Saved("normalised", 2 * w * h, "sequence", ("none",)),
+        Saved("norms' input", 2 * w * h, "sequence"),
         Saved("norms' reciprocal roots", 2 * 4, "sequence", ("none",)),
         Saved("norms' output", 2 * w * h, "sequence", ("none",)),
-        Saved("norms' input", 2 * w * h, "sequence", ("selective",)),
         Saved("q, attention output", w * h * (1 + outputs), "tensor"),
         Saved("k, v", 2 * w * k, "tensor"),
         Saved("attention's log-sum-exp", 4 * model.heads, "tensor"),
         Saved("gate, up", w * 2 * f, "tensor"),
-        Saved("silu(gate), product", w * 2 * f, "tensor", ("none",)),
+        Saved("their product", w * f, "tensor", ("none",)),
         Saved("block input", w * h, "sequence", ("full",)),
     )
     block = Block(
@@ -167,15 +177,13 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
         moments=_llama_moments(w, h, f) + (_context_moments(w, h, k, f, context) if context > 1 else ()),
         kept_again=_met(w, k, context) - 2 * w * k if context > 1 else 0.0,
     )
-    normalised = 2 * w * h  # and the output: both are gone when the norm's backward is at its worst
     return Shape(
-        model.layers, h, model.vocabulary, sequence, w, block, max(h * f, h * h), last_norm=(4 + 2 * w) * h + 4,
-        last_norm_moment=Moment("last norm", 0, NORM_BACKWARD * h - normalised),
+        model.layers, h, model.vocabulary, sequence, w, block, max(h * f, h * h), last_norm=2 * w * h + 4,
+        last_norm_moment=Moment("last norm", 0, w * h, part=_norm_part(h)),  # its output is gone
     )  # fmt: skip
 
 
 def _llama_traffic(w: int, h: int, k: int, f: int, context: int) -> tuple[Traffic, ...]:
-    cast = 4 + w if w == 2 else 0  # to or from fp32; nothing where it is fp32 already
     # k and v in one tensor and, of all ranks', those that are met, which backward does again; their gradients added to
     # zeros, and of what comes back those of k and of v.
     met = _met(w, k, context)
@@ -185,28 +193,33 @@ def _llama_traffic(w: int, h: int, k: int, f: int, context: int) -> tuple[Traffi
     )  # fmt: skip
     return (
         *([gathered] if context > 1 else []),
-        Traffic("norms", 2 * h * (2 * cast + 20 + 2 * w), 2 * h * (2 * cast + 36 + 6 * w), False, True),
+        Traffic("norms", 2 * 2 * w * h, 2 * 3 * w * h, False, True),
         Traffic("rope", 2 * w * (h + k), 2 * w * (h + k), True),
-        Traffic("swiglu", 5 * w * f, 9 * w * f, True, True),
-        Traffic("residuals, copies for collectives", 10 * w * h, 19 * w * h, False),
+        Traffic("swiglu", 3 * w * f, 5 * w * f, True, True),
+        # The second norm makes the first residual sum, and its backward that of the gradients.
+        Traffic("residuals, copies for collectives", (2 + 7) * w * h, (1 + 16) * w * h, False),
     )
+
+
+def _norm_part(h: int) -> Part:
+    """Of a norm's backward: three fp32 tensors."""
+    return Part(h, 3 * 4, "sequence")
 
 
 def _llama_moments(w: int, h: int, f: int) -> tuple[Moment, ...]:
     """Of the feed-forward, whose backward comes first; all the while the residual stream's gradient is there (w h)."""
     kept: tuple[Recompute, ...] = ("none", "full")
-    stream, norm = w * h, NORM_BACKWARD * h
-    wide = 4 * h if w == 2 else 0  # the norm's fp32 input, where it is a copy
+    stream, norm, swiglu = w * h, _norm_part(h), Part(f, w, "tensor")
     around = (1, 1, 2)  # of gate and up: the gradient of the input, and under sequence parallelism the gathered input
     return (
         Moment("down", w * f, stream, (0, 0, 1), h * f, kept),
-        Moment("swiglu", 2 * w * f, stream, recompute=kept),
-        Moment("gate, up", -2 * w * f, stream, around, 2 * h * f, kept),
-        Moment("norm", -4 * w * f, stream - 2 * w * h + norm, recompute=kept),
-        Moment("swiglu again, down", 4 * w * f, stream, (0, 0, 1), h * f, ("selective",)),
-        # The input was made again, and is kept no more.
-        Moment("norm again, gate, up", 0, stream + wide + w * h, (2, 2, 2), 2 * h * f, ("selective",)),
-        Moment("norm again", 0, stream + wide + w * h + norm, (0, 0, 0), 2 * h * f, ("selective",)),
+        Moment("swiglu", 2 * w * f, stream, recompute=kept, part=swiglu),
+        Moment("gate, up", -w * f, stream, around, 2 * h * f, kept),
+        Moment("norm", -3 * w * f, stream + w * h, recompute=kept, part=norm),
+        Moment("swiglu again, down", 3 * w * f, stream, (0, 0, 1), h * f, ("selective",), part=swiglu),
+        # The norm's output was made again, and is kept no more.
+        Moment("norm again, gate, up", 0, stream, (2, 2, 2), 2 * h * f, ("selective",)),
+        Moment("norm again", 0, stream + 2 * w * h, (0, 0, 0), 2 * h * f, ("selective",), part=norm),
     )
 
 
@@ -227,13 +240,13 @@ def _context_moments(w: int, h: int, k: int, f: int, context: int) -> tuple[Mome
     yet.
     """
     met, stream = _met(w, k, context), w * h
-    none, selective = stream - (4 + 2 * w) * h, stream - w * h
+    none, selective = stream - 2 * w * h, stream - w * h
     gathered = 2 * w * k * context + 4 * w * k - 2 * w * h
     return (
-        Moment("attention", 2 * met + w * h - 4 * w * f, none, recompute=("none",)),
+        Moment("attention", 2 * met + w * h - 3 * w * f, none, recompute=("none",)),
         Moment("attention", 2 * met + w * h - 2 * w * f, selective, recompute=("selective",)),
-        Moment("attention", met + w * h - 4 * w * f, none, recompute=("full",)),
-        Moment("keys and values", gathered - 4 * w * f, none, recompute=("full",)),
+        Moment("attention", met + w * h - 3 * w * f, none, recompute=("full",)),
+        Moment("keys and values", gathered - 3 * w * f, none, recompute=("full",)),
     )
 
 

@@ -34,6 +34,7 @@ from megacode.train.journal import Journal
 from megacode.train.launch import Place, find_device, find_place, start_process_group
 from megacode.train.loop import Trainer
 from megacode.train.out_of_memory import explain_out_of_memory, is_out_of_memory
+from megacode.train.profile import check_profile
 from megacode.train.stall import EXIT_STALLED, StallWatch
 from megacode.train.straggler import Stragglers
 from megacode.train.trackers import check_trackers, open_trackers
@@ -60,6 +61,7 @@ def main(arguments: list[str]) -> int:
         doing("opening the data")
         check_config(config)
         check_trackers(config)
+        check_profile(config, layout.world_size)
         streams = start.open_streams(config, tokenizer)
         start.check_run_folder(config, streams[0].windows.num_tokens)
         start.check_disk(config)
@@ -161,18 +163,20 @@ class Run:
         if mesh.rank == 0:
             step, hosts = progress.step, self.hosts
             facts = metrics.start_facts(config, self.layout, device, hosts, step, newest, engine.backends)
-            self._announce(step, newest, facts)
+            self._announce(step, newest, facts, engine.reasons)
         recorder = record(device) if config.logging.phases else None
         return Trainer(
             config, self.layout, mesh, device, engine, stream, validation, progress, self.requests, self.journal,
             recorder,
         )  # fmt: skip
 
-    def _announce(self, step: int, newest: Path | None, facts: dict[str, Any]) -> None:
+    def _announce(self, step: int, newest: Path | None, facts: dict[str, Any], reasons: Mapping[str, str]) -> None:
         """Rank 0 opens the run's files and says what starts."""
         doing("opening the run's files")
         steps = self.recipe.schedule.steps
         print(f"{'resuming from ' + str(newest) if newest else 'starting'} at step {step}", flush=True)
+        for operation, reason in reasons.items():
+            print(f"{operation} by {facts['backends'][operation]} ({reason})", flush=True)
         if step >= steps:
             print(f"nothing to do: schedule.steps is {steps}; raise it to go on", flush=True)
         else:

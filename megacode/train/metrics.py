@@ -26,7 +26,8 @@ from megacode.recipe import Recipe
 FAILED = ".failed"
 """Made in the run folder by the first rank that fails: only one can make it."""
 
-PACKAGES = ("megacode", "torch", "deepspeed", "triton", "numpy", "flash-attn")
+PACKAGES = ("megacode", "torch", "deepspeed", "triton", "numpy", "flash-attn", "flash-attn-3", "apex",
+            "liger-kernel")  # fmt: skip
 
 
 def memory_bytes(device: torch.device) -> int:

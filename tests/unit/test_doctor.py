@@ -159,7 +159,7 @@ def test_a_killed_build_leaves_a_lock(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("operation", ["rope", "attention"])
+@pytest.mark.parametrize("operation", dispatch.TABLE)
 def test_the_twins_agree_with_themselves(operation, dtype):
     twin = dispatch.TABLE[operation]["torch"].function
     assert kernels.check_twin(operation, "torch", twin, CPU, dtype).state == "ok"

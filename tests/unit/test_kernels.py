@@ -2,6 +2,8 @@
 
 import itertools
 import sys
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megacode.errors import UserError
-from megacode.kernels import dispatch
-from megacode.kernels.attention import Segments, attention_flash, attention_torch
-from megacode.kernels.rope import rope_triton
+from megacode.kernels import dispatch, packages
+from megacode.kernels.attention import Segments, attention_torch
+from megacode.kernels.dispatch import UnservableError
+from megacode.kernels.packages import attention_flash, attention_flash_3
+from megacode.recipe import KernelsSection
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -99,12 +102,25 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
     return torch.cat(parts, dim=1)[0]
 """
 
+# Of version 3 (hopper/flash_attn_interface.py); its first releases give the log-sum-exp as well.
+FLASH_ATTN_3 = """
+import flash_attn
+
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+    return flash_attn.flash_attn_func(q, k, v, softmax_scale=softmax_scale, causal=causal), None
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
+                           seqused_k=None, softmax_scale=None, causal=False):
+    bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return flash_attn.flash_attn_varlen_func(q, k, v, *bounds, causal=causal), None
+"""
+
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """Writes modules that are found before any installed ones, and forgets them afterwards."""
 
-    tops = ("apex", "flash_attn", "normalization")
+    tops = ("apex", "flash_attn", "flash_attn_interface", "normalization")
 
     def loaded() -> list[str]:
         return [name for name in sys.modules if name.partition(".")[0] in tops]
@@ -125,10 +141,11 @@ def package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bounds", [None, [0, 3, 10, 10, 18, 20]])
 def test_attention_flash_calls_the_package_rightly(package, bounds):
-    package({"flash_attn.py": FLASH_ATTN})
+    package({"flash_attn.py": FLASH_ATTN, "flash_attn_interface.py": FLASH_ATTN_3})
     q, k, v = (torch.randn(2, 10, heads, 8) for heads in (4, 2, 2))
     segments = None if bounds is None else Segments.between(bounds)
-    torch.testing.assert_close(attention_flash(q, k, v, segments), attention_torch(q, k, v, segments))
+    for function in (attention_flash, attention_flash_3):
+        torch.testing.assert_close(function(q, k, v, segments), attention_torch(q, k, v, segments))
 
 
 @pytest.mark.parametrize("attention", [attention_torch, attention_flash])
@@ -151,67 +168,115 @@ def test_queries_may_be_the_last_tokens_of_what_the_keys_are_of(package, attenti
 
 # ---- dispatch
 
+CPU_TASKS = [dispatch.task(CPU, dtype) for dtype in (torch.float32, torch.bfloat16)]
+HOPPER = dispatch.Task(CUDA, torch.bfloat16, capability=(9, 0))
+AMPERE = replace(HOPPER, capability=(8, 0))
 
+
+@pytest.mark.parametrize("task", CPU_TASKS, ids=str)
 @pytest.mark.parametrize("operation", dispatch.TABLE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cpu_takes_torch_and_says_why(operation, dtype):
-    choice = dispatch.choose(operation, device=CPU, dtype=dtype)
+def test_the_cpu_takes_plain_torch_and_says_why(operation, task):
+    choice = dispatch.choose(operation, task)
     assert choice.name == "torch"
     assert choice.function is dispatch.TABLE[operation]["torch"].function
     assert "it needs a CUDA device and this one is cpu" in choice.reason
-    assert dispatch.choose(operation, "torch", device=CPU, dtype=dtype).function is choice.function
+    assert dispatch.choose(operation, task, "torch").function is choice.function
 
 
-def test_cuda_takes_triton_for_rope():
+@pytest.mark.parametrize("operation", ["rope", "rms_norm", "add_rms_norm", "swiglu"])
+def test_cuda_takes_triton_between_the_products(operation):
     pytest.importorskip("triton")
-    assert dispatch.choose("rope", device=CUDA, dtype=torch.bfloat16).function is rope_triton
+    assert dispatch.choose(operation, HOPPER).name == "triton"
+
+
+def test_every_name_of_the_recipe_is_one_of_the_table():
+    for operation, field in KernelsSection.model_fields.items():
+        assert get_args(field.annotation) == ("auto", *dispatch.TABLE[operation])
+    assert {*KernelsSection.model_fields, "add_rms_norm"} == set(dispatch.TABLE)
+
+
+def test_a_sum_and_its_norm_take_the_backend_of_the_norm():
+    choices = dispatch.choose_all(CPU_TASKS[0], {"rms_norm": "torch", "rope": "auto"})
+    assert choices["rms_norm"].reason == choices["add_rms_norm"].reason == "asked for"
+    assert choices["rope"].reason != "asked for"
 
 
 def test_a_backend_that_cannot_serve_is_refused_with_the_mend():
-    with pytest.raises(UserError, match="'triton' of rope cannot serve here: it needs a CUDA device") as error:
-        dispatch.choose("rope", "triton", device=CPU, dtype=torch.float32)
+    with pytest.raises(UnservableError, match="'triton' of rope cannot serve here: it needs a CUDA device") as error:
+        dispatch.choose("rope", CPU_TASKS[0], "triton")
     assert "take one of auto, torch" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="rope has no backend 'cuda': take one of auto, triton, torch"):
-        dispatch.choose("rope", "cuda", device=CPU, dtype=torch.float32)
+    with pytest.raises(UnservableError, match="rope has no backend 'cuda': take one of auto, triton, torch"):
+        dispatch.choose("rope", CPU_TASKS[0], "cuda")
 
 
-def test_flash_attn_serves_cuda_in_bf16_only(package):
+def order(task: dispatch.Task) -> list[str]:
+    """What `auto` takes for attention, and what it takes where that one is missing, and so on."""
+    table = dict(dispatch.TABLE["attention"])
+    names = []
+    while table:
+        names.append(next(name for name, each in table.items() if not (each.refusal(task) or each.drawback(task))))
+        del table[names[-1]]
+        if names[-1] == "torch":
+            return names
+    return names
+
+
+def test_attention_follows_device_mask_and_shape(package, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    package({"flash_attn.py": FLASH_ATTN, "flash_attn_interface.py": FLASH_ATTN})
+    assert order(HOPPER) == ["flash_attn_3", "cudnn", "flash_attn", "triton", "sdpa_flash", "torch"]
+    assert order(AMPERE) == ["flash_attn", "triton", "sdpa_flash", "torch"]
+    assert order(replace(HOPPER, segments=True)) == ["flash_attn_3", "flash_attn", "triton", "torch"]
+    assert order(replace(HOPPER, dtype=torch.float32)) == ["triton", "torch"]
+    assert order(replace(HOPPER, head_dim=192)) == ["flash_attn_3", "flash_attn", "sdpa_flash", "torch"]
+    assert order(replace(HOPPER, capability=(7, 5))) == ["torch"]
+    # What would be slow can be asked for, what would be wrong cannot.
+    assert dispatch.choose("attention", replace(AMPERE, segments=True), "cudnn").reason == "asked for"
+    with pytest.raises(UnservableError, match="its head_dim is at most 128 and this is 192"):
+        dispatch.choose("attention", replace(HOPPER, head_dim=192), "triton")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    with pytest.raises(UnservableError, match="this torch has no cuDNN"):
+        dispatch.choose("attention", HOPPER, "cudnn")
+
+
+def test_the_reason_names_what_was_passed_over(package, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     package({"flash_attn.py": FLASH_ATTN})
-    assert dispatch.choose("attention", device=CUDA, dtype=torch.bfloat16).function is attention_flash
-    choice = dispatch.choose("attention", device=CUDA, dtype=torch.float32)
-    assert (choice.name, choice.reason) == ("torch", "not flash_attn: it computes in bfloat16 and this is float32")
+    choice = dispatch.choose("attention", replace(AMPERE, segments=True))
+    assert choice.function is attention_flash
+    assert choice.reason == (
+        "not flash_attn_3: it is made for Hopper (H100, H200); "
+        "not cudnn: before Hopper torch's flash attention is faster"
+    )
+    choice = dispatch.choose("rms_norm", CPU_TASKS[0])
+    assert choice.reason == "not triton, apex, liger: it needs a CUDA device and this one is cpu"
 
 
 @pytest.mark.parametrize(("version", "serves"), [("2.0.9", False), ("1.0.9", False), ("2.1.0", True), ("2.10.0", True)])
 def test_flash_attn_that_aligns_masks_to_the_first_key_is_refused(package, version, serves):
     package({"flash_attn.py": FLASH_ATTN.replace("2.8.3", version)})
-    choice = dispatch.choose("attention", device=CUDA, dtype=torch.bfloat16)
+    choice = dispatch.choose("attention", AMPERE)
     assert (choice.name == "flash_attn") == serves
     if not serves:
-        assert choice.reason.startswith(f"not flash_attn: {version} is installed and, where there are fewer queries")
+        assert f"not flash_attn: {version} is installed and, where there are fewer queries" in choice.reason
         assert choice.reason.endswith("(pip install 'flash-attn>=2.1')")
-        with pytest.raises(UserError, match="its causal mask begins at the first key and not at the last") as error:
-            dispatch.choose("attention", "flash_attn", device=CUDA, dtype=torch.bfloat16)
+        with pytest.raises(
+            UnservableError, match="its causal mask begins at the first key and not at the last"
+        ) as error:
+            dispatch.choose("attention", AMPERE, "flash_attn")
         assert "\n" not in str(error.value)
 
 
 def test_flash_attn_that_does_not_load_is_passed_over_aloud(package):
     package({"flash_attn.py": "raise ImportError('flash_attn_2_cuda.so:\\n undefined symbol')"})
-    choice = dispatch.choose("attention", device=CUDA, dtype=torch.bfloat16)
-    assert choice.name == "torch"
+    choice = dispatch.choose("attention", AMPERE)
+    assert choice.name != "flash_attn"
     assert "installed but does not import: flash_attn_2_cuda.so: undefined symbol" in choice.reason
-
-
-def test_explain_has_a_row_for_every_backend():
-    rows = {(row.operation, row.backend): row for row in dispatch.explain(CPU)}
-    assert set(rows) == {(operation, name) for operation, backends in dispatch.TABLE.items() for name in backends}
-    assert rows["rope", "torch"] == dispatch.Row("rope", "torch", chosen=True, refusal=None)
-    assert not rows["rope", "triton"].chosen
-    assert "cpu" in rows["rope", "triton"].refusal
 
 
 RMS_NORM = "class FusedRMSNorm: pass"
@@ -234,6 +299,6 @@ RMS_NORM = "class FusedRMSNorm: pass"
 )
 def test_only_the_apex_of_nvidia_counts(package, files, expected):
     package(files)
-    assert dispatch.nvidia_apex_available() is expected
+    assert packages.nvidia_apex_available() is expected
     if "apex/normalization/__init__.py" not in files:
         assert "apex" not in sys.modules

@@ -1,0 +1,37 @@
+"""How the plain-torch twins of kernels that are bound by memory walk over the rows of tensors."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CACHED_ELEMENTS = 2**18
+"""1 MiB of fp32 numbers: what an operation's temporaries keep in a core's cache, and in pages that were used before.
+
+With temporaries as large as the tensors, a CPU takes 4 to 10 times as long for a norm of 2,048 rows of 4,096
+(docs/benchmarks.md): each passes through memory, in pages that are new to the process.
+"""
+
+
+def row_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of some rows after the other of tensors [rows, ...]: few at a time on the CPU, elsewhere all at once."""
+    first = tensors[0]
+    rows = len(first)
+    if first.device.type == "cpu":
+        rows = min(rows, max(1, CACHED_ELEMENTS // max(1, first[:1].numel())))
+    return zip(*(x.split(max(1, rows)) for x in tensors), strict=True)
+
+
+def flat(x: Tensor) -> Tensor:
+    """x [..., width] as [rows, width]: a view where one stride leads from row to row, else a copy."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Without values, contiguous whatever the strides of x."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """What statistics of numbers of a dtype are computed in."""
+    return torch.promote_types(dtype, torch.float32)
