@@ -138,10 +138,10 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
 
     What backward keeps, per token, with w bytes an element (h hidden, k kv_heads * head_dim, f ffn, a heads):
     a norm keeps its input, a float, and its output for the maps behind it; the first norm's input is the block's own,
-    the second's the residual sum. Attention keeps q, k, v, its output and a float a head; SwiGLU gate
-    and up, and their product for the map behind it. Context ranks keep the output of attention twice: by segment, and
-    joined (one kernel for all segments has it once). They keep their own k and v, except where full recomputation has
-    run a block again: those of the whole sequence.
+    the second's the residual sum. Attention keeps q, k, v, its output and a float a head; SwiGLU gate and up, and their
+    product for the map behind it. Context ranks keep the output of attention twice: by segment, and joined (one kernel
+    for all segments has it once). They keep their own k and v, except where full recomputation has run a block again:
+    those of the whole sequence.
 
     Args:
         model: with its vocabulary filled in.
