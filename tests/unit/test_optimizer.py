@@ -9,6 +9,7 @@ from support.stepping import adamw, is_compiled
 from support.training import recipe
 from torch.utils import cpp_extension
 
+from megacode.doctor.kernels import check_optimizer
 from megacode.engine import optimizer
 from megacode.errors import UserError
 from megacode.model.layers import Slice
@@ -147,6 +148,9 @@ def test_auto_takes_torchs_and_every_other_one_says_what_it_lacks(monkeypatch):
     assert (rows["torch"].chosen, rows["torch"].refusal) == (True, None)
     assert "it needs the masters on a CUDA device and they are on the cpu" in rows["apex"].refusal
     assert "there is no C++ compiler (/no/such/compiler)" in rows["deepspeed"].refusal
+    finding = check_optimizer(CPU)  # what the doctor says of it
+    assert finding.state == "ok"
+    assert finding.text == f"torch: not apex: {rows['apex'].refusal}; not deepspeed: {rows['deepspeed'].refusal}"
 
 
 @pytest.mark.parametrize(
