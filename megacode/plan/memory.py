@@ -226,11 +226,21 @@ def _kept(job: Job, rank: int, load: Load) -> tuple[float, float]:
 
 def _running_gradients(job: Job, rank: int, load: Load) -> float:
     """Gradients of the micro-batches whose backwards are done, beyond what lies there between steps."""
-    count, data = job.parameters(rank), job.layout.zero_size
     started = sum(done > 0 for done in load.backwards) / len(load.backwards)
     if job.reduce == "step":
-        return 4.0 * count * started
-    return 4.0 * count / data * started if job.zero < 3 and job.offload == "none" else 0.0
+        return 4.0 * job.parameters(rank) * started
+    return 4.0 * _summed(job, rank) * started if job.zero < 3 and job.offload == "none" else 0.0
+
+
+def _summed(job: Job, rank: int) -> float:
+    """Elements of the partition's sum of gradients, ZeRO-2 with `reduce: microbatch`.
+
+    In fp32 it is made of whole gradients, also of the parameters that the partition's two ends cut: on average as much
+    beyond the ends as one parameter has.
+    """
+    data = job.layout.zero_size
+    cut = job.shape.largest_matrix / job.layout.tensor if job.shape.element_bytes == 4 and data > 1 else 0.0
+    return job.parameters(rank) / data + cut
 
 
 def _first_bucket(job: Job, rank: int, inside: StageMemory, last_chunk: bool) -> StageMemory:
@@ -247,7 +257,7 @@ def _first_bucket(job: Job, rank: int, inside: StageMemory, last_chunk: bool) ->
     return replace(
         inside,
         activations_bytes=int(inside.activations_bytes - released),
-        gradients_bytes=int(inside.gradients_bytes + 4 * job.parameters(rank) / job.layout.zero_size),
+        gradients_bytes=int(inside.gradients_bytes + 4 * _summed(job, rank)),
     )
 
 
