@@ -33,7 +33,11 @@ setup(
         "gpu": ["triton>=3.6"],
         "flash": ["flash-attn>=2.1"],
         "logging": ["wandb", "tensorboard"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton>=3.6", "wandb", "tensorboard"],
+        "bench": ["matplotlib", "liger-kernel"],
+        "dev": [
+            *("pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton>=3.6", "wandb", "tensorboard"),
+            *("matplotlib", "liger-kernel"),
+        ],
     },
     entry_points={"console_scripts": ["megacode=megacode.cli:main"]},
 )

@@ -10,6 +10,7 @@ from packaging.version import Version
 
 from megacode.kernels import packages
 from megacode.kernels.attention import attention_cudnn, attention_sdpa_flash, attention_torch, attention_triton
+from megacode.kernels.cross_entropy import cross_entropy_torch, cross_entropy_triton
 from megacode.kernels.packages import import_failure
 from megacode.kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton, rms_norm_torch, rms_norm_triton
 from megacode.kernels.rope import rope_torch, rope_triton
@@ -173,6 +174,10 @@ TABLE: dict[str, dict[str, Backend]] = {
         "apex": Backend(_apex, packages.add_rms_norm_apex),
         "liger": Backend(_liger, packages.add_rms_norm_liger),
         "torch": Backend(_none, add_rms_norm_torch),
+    },
+    "cross_entropy": {
+        "triton": Backend(_triton, cross_entropy_triton),
+        "torch": Backend(_none, cross_entropy_torch),
     },
     "swiglu": {
         "triton": Backend(_triton, swiglu_triton),

@@ -18,14 +18,24 @@ Recompute = Literal["none", "selective", "full"]
 """What backward computes again instead of keeping: nothing; what is cheap to compute and large; whole blocks."""
 
 
+class _KeyTwiceError(Exception):
+    """A key stands twice in one mapping, which YAML's readers let pass."""
+
+    def __init__(self, key: str, lines: tuple[int, int]) -> None:
+        super().__init__(f"the key `{key}` stands twice")
+        self.lines = lines
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as its users write it: 3e-4 is a number (in YAML 1.1 a string, for want of a dot), no key comes twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} comes twice", node.start_mark)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                raise _KeyTwiceError(name, (lines[name], line))
+            lines[name] = line
         return super().construct_mapping(node, deep)
 
 
@@ -35,6 +45,7 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(text: str) -> Any:
+    """Raises: yaml.YAMLError, _KeyTwiceError."""
     return yaml.load(text, Loader=_Loader)
 
 
@@ -188,6 +199,8 @@ class KernelsSection(Section):
     """RMSNorm, alone and with the residual sum before it."""
     swiglu: Literal["auto", "triton", "liger", "torch"] = "auto"
     """silu(gate) * up of the feed-forward."""
+    cross_entropy: Literal["auto", "triton", "torch"] = "auto"
+    """The loss of each label, its gradient in place of the logits."""
 
 
 class BatchSection(Section):
@@ -344,8 +357,12 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         values = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except _KeyTwiceError as error:
+        first, second = error.lines
+        raise UserError(f"{path}, line {second}: {error}, the first time in line {first}; leave one out") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        what = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
+        raise UserError(f"{path} is not YAML: {what}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no recipe: it must be a YAML mapping with the sections model, data, batch, ...")
     base = values.pop("base", None)
@@ -376,6 +393,8 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {section} is a value, not a section")
     try:
         values[last] = _parse(text)
+    except _KeyTwiceError as error:
+        raise UserError(f"override {override!r}: {error}; leave one out") from None
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
 
@@ -383,7 +402,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _one_line(error: ValidationError) -> str:
     """The first mistake of a pydantic error, with the key's path and, for an unknown key, the nearest known one."""
     first, *others = error.errors()
-    where = ".".join(str(part) for part in first["loc"]) or "recipe"
+    where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         known = _keys_at(Recipe, [str(part) for part in first["loc"][:-1]])
@@ -397,7 +416,7 @@ def _one_line(error: ValidationError) -> str:
         message = f"is a section; give it keys of its own, not {first['input']!r}"
     elif first["type"] not in ("value_error",):
         message = f"{message}, not {first['input']!r}"
-    return f"{where}: {message}"
+    return f"{where}: {message}" if where else message  # a check across sections names its keys itself
 
 
 def _keys_at(section: type[BaseModel], path: list[str]) -> list[str]:

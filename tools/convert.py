@@ -1,6 +1,5 @@
 """`megacode convert`: from a checkpoint of a run to a HuggingFace folder."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from megacode.errors import UserError
+from megacode.tools.output import JsonFile, json_output
 
 if TYPE_CHECKING:
     from megacode.checkpoint.hf import Progress
@@ -45,7 +45,7 @@ def to_hf(
         typer.Option(metavar="FILE", help="Code to compare on, instead of a few snippets; repeatable."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DST.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Export a checkpoint for transformers, and prove that it computes the same.
 
@@ -63,23 +63,23 @@ def to_hf(
     from megacode.checkpoint.store import CheckpointReader
 
     logging.disable_progress_bar()
-    checkpoint = CheckpointReader(checkpoint_folder(source))
-    checkpoint.verify()  # the receipt compares with what is read here, so it would not see damaged files
-    receipts: list[receipt.Receipt] = []
+    with json_output(json_file) as write_json:
+        checkpoint = CheckpointReader(checkpoint_folder(source))
+        checkpoint.verify()  # the receipt compares with what is read here, so it would not see damaged files
+        receipts: list[receipt.Receipt] = []
 
-    def check(folder: Path) -> None:
-        with _bar("comparing") as progress:
-            receipts.append(receipt.check_export(checkpoint, folder, texts, progress))
+        def check(folder: Path) -> None:
+            with _bar("comparing") as progress:
+                receipts.append(receipt.check_export(checkpoint, folder, texts, progress))
 
-    try:
-        with _bar("writing") as progress:
-            hf.export(checkpoint, target, dtype or checkpoint.precision, check=check, force=force, progress=progress)
-    except receipt.ConversionError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    if as_json:
-        typer.echo(json.dumps(asdict(receipts[0]), indent=2))
-    else:
+        try:
+            with _bar("writing") as progress:
+                chosen = dtype or checkpoint.precision
+                hf.export(checkpoint, target, chosen, check=check, force=force, progress=progress)
+        except receipt.ConversionError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        write_json(asdict(receipts[0]))
         _print(receipts[0], target)
 
 

@@ -1,9 +1,10 @@
 """`megacode doctor`: what is installed, which backends serve, and whether training here would be right."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from megacode.tools.output import JsonFile, json_output
 
 
 def doctor(
@@ -12,7 +13,7 @@ def doctor(
         typer.Option(min=2, help="Processes of the parallel self-tests; left out, one a GPU, or 4 on the CPU."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out what needs several processes.")] = False,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the findings as JSON.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Check the installation, and train a tiny model to see that training here would be right.
 
@@ -26,8 +27,8 @@ def doctor(
     from megacode.doctor.run import run
 
     report = Report()
-    run(report, processes, quick)
-    report.summary()
-    if json is not None:
-        report.save(json)
+    with json_output(json_file) as write_json:
+        run(report, processes, quick)
+        report.summary()
+        write_json(report.values)
     raise typer.Exit(report.exit_code)

@@ -1,8 +1,8 @@
 """`megacode plan`: does a recipe fit, what does a step cost, which layout is the quickest."""
 
 import dataclasses
-import json
 import sys
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from megacode import recipe as recipes
+from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.plan import report
 from megacode.plan.hardware import HARDWARE, Hardware
 from megacode.plan.layout import fit
 from megacode.plan.memory import recipe_job
-from megacode.plan.search import GIB, apply, mend, search
+from megacode.plan.search import apply, mend, search
+from megacode.plan.units import GIB, size, table_unit
 from megacode.recipe import Recipe
+from megacode.tools.output import JsonFile, json_output
 
 RESERVED_GIB = 3.0
 """Of a device's memory, not for tensors: CUDA's context, NCCL's buffers, fragmentation."""
@@ -55,7 +58,7 @@ def plan(
     write: Annotated[
         Path | None, typer.Option(help="Write the quickest layout as a recipe that names this one as its base.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all of it as JSON.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Say whether a recipe fits a number of GPUs, stage by stage, and what its step costs. Needs no GPU and no torch.
 
@@ -64,7 +67,7 @@ def plan(
 
     Example: megacode plan my.yaml --gpus 64 --memory-gib 76
 
-    Example: megacode plan my.yaml --gpus 1024 --search --write fast.yaml model.vocabulary=32016
+    Example: megacode plan my.yaml --gpus 1024 --search --write fast.yaml
     """
     given = {
         "peak_teraflops": peak_teraflops, "efficiency": efficiency, "memory_gb_per_second": memory_bandwidth,
@@ -75,26 +78,39 @@ def plan(
     if memory_gib is not None and not memory_gib > 0:
         raise UserError(f"--memory-gib must be above 0, not {memory_gib:g}")
     config = recipes.load(recipe, overrides)
-    if config.model.vocabulary is None:
-        raise UserError("model.vocabulary is left to the tokenizer; say it for the plan, e.g. model.vocabulary=32016")
+    planned = _with_vocabulary(config)
     limit_gib = hardware.memory_gib - RESERVED_GIB if memory_gib is None else memory_gib
     searching = searching or write is not None
     result: dict[str, Any] = {
         "recipe": str(recipe), "gpus": gpus, "memory_gib": limit_gib, "hardware": dataclasses.asdict(hardware),
     }  # fmt: skip
-    result["own"] = _own(config, gpus, hardware, limit_gib, refusal_is_an_answer=searching)
-    good = bool(result["own"].get("fits"))
-    if searching:
-        found = search(config, gpus, limit_gib * GIB, hardware)
-        result["search"] = report.search_report(found, gpus)
-        good = bool(found.fitting)
-        if write is not None and good:
-            report.write_recipe(write, recipe, apply(config, found.fitting[0].changes))
-            result["written"] = str(write)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _show(result)
+    with json_output(json_file) as write_json:
+        result["own"] = _own(planned, gpus, hardware, limit_gib, refusal_is_an_answer=searching)
+        good = bool(result["own"].get("fits"))
+        if searching:
+            found = search(planned, gpus, limit_gib * GIB, hardware)
+            result["search"] = report.search_report(found, gpus)
+            good = bool(found.fitting)
+            if write is not None and good:
+                report.write_recipe(write, recipe, apply(config, found.fitting[0].changes))
+                result["written"] = str(write)
+        write_json(result)
+        _show(result)
     raise typer.Exit(0 if good else 1)
+
+
+def _with_vocabulary(config: Recipe) -> Recipe:
+    """The recipe with its tokenizer's vocabulary, where it leaves that to the tokenizer."""
+    if config.model.vocabulary is not None:
+        return config
+    path = config.tokenizer.path
+    if not Path(path).is_file():
+        raise UserError(
+            f"model.vocabulary is left to the tokenizer and {path} is not there; say it for the plan, e.g. "
+            f"model.vocabulary=32016, or name a tokenizer with tokenizer.path"
+        )
+    model = config.model.model_copy(update={"vocabulary": Tokenizer(path).vocabulary})
+    return config.model_copy(update={"model": model})
 
 
 def _hardware(device: str, given: dict[str, Any]) -> Hardware:
@@ -113,7 +129,7 @@ def _own(config: Recipe, gpus: int, hardware: Hardware, limit_gib: float, refusa
             raise
         return {"refused": str(error), "verdict": f"refused: {error}"}
     own = report.layout_report(config, job, hardware, limit_gib * GIB)
-    need = f"stage {own['worst_stage']} needs {own['worst_gib']:.1f} of {limit_gib:g} GiB"
+    need = f"stage {own['worst_stage']} needs {size(own['worst_gib'] * GIB)} of {size(limit_gib * GIB)}"
     if own["fits"]:
         own["verdict"] = f"fits: {need}"
     else:
@@ -143,30 +159,33 @@ def _show_layout(console: Any, own: dict[str, Any]) -> None:
         f"{layout['tensor']}, virtual_stages {layout['virtual_stages']}, {layout['num_micro_batches']} micro-batches"
     )
     kinds = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host")
+    unit, amount = _amounts(row[f"{kind}_gib"] for row in own["stages"] for kind in kinds)
     rows = [
-        [row["stage"], row["layers"], row["moment"], row["in_flight"], *(f"{row[f'{kind}_gib']:.2f}" for kind in kinds)]
+        [row["stage"], row["layers"], row["moment"], row["in_flight"], *(amount(row[f"{kind}_gib"]) for kind in kinds)]
         for row in own["stages"]
     ]
-    _table(console, "GiB of a GPU at its worst moment", ["stage", "layers", "moment", "in flight", *kinds], rows)
+    _table(console, f"{unit} of a GPU at its worst moment", ["stage", "layers", "moment", "in flight", *kinds], rows)
+    unit, amount = _amounts(row[key] for row in own["policies"] for key in ("gib", "host_gib"))
     rows = [
         [
-            row["gather"] or "-", row["reduce"], row["recompute"], row["offload"], f"{row['gib']:.1f}",
-            "-" if row["sequence_parallel_gib"] is None else f"{row['sequence_parallel_gib']:.1f}",
-            f"{row['host_gib']:.1f}", "fits" if row["fits"] else "no",
+            row["gather"] or "-", row["reduce"], row["recompute"], row["offload"], amount(row["gib"]),
+            "-" if row["sequence_parallel_gib"] is None else amount(row["sequence_parallel_gib"]),
+            amount(row["host_gib"]), "fits" if row["fits"] else "no",
         ]
         for row in own["policies"]
     ]  # fmt: skip
-    head = ["gather", "reduce", "recompute", "offload", "GiB", "GiB, sequence: true", "host GiB a GPU", ""]
+    head = ["gather", "reduce", "recompute", "offload", unit, f"{unit}, sequence: true", f"host {unit} a GPU", ""]
     _table(console, "The worst stage under other policies", head, rows)
+    unit, amount = _amounts(row["sent_bytes"] / GIB for row in own["exchanges"])
     rows = [
         [
             row["name"],
             str(row["calls"]) if row["most_calls"] == row["calls"] else f"{row['calls']} to {row['most_calls']}",
-            f"{row['sent_bytes'] / GIB:.2f}",
+            amount(row["sent_bytes"] / GIB),
         ]
         for row in own["exchanges"]
     ]
-    _table(console, "What one GPU of the slowest stage sends in a step", ["", "calls", "GiB"], rows)
+    _table(console, "What one GPU of the slowest stage sends in a step", ["", "calls", unit], rows)
     parts = ", ".join(f"{name} {value:.3f}" for name, value in own["parts_seconds"].items() if value > 0)
     console.print(
         f"step {own['step_seconds']:.3f} s ({parts}); bubble {own['bubble']:.1%}\n"
@@ -175,16 +194,24 @@ def _show_layout(console: Any, own: dict[str, Any]) -> None:
     )
 
 
+def _amounts(gib: Iterable[float]) -> tuple[str, Callable[[float], str]]:
+    """The unit of a table's figures, given in GiB, and what writes one of them in it."""
+    unit_bytes, name = table_unit(max(gib, default=0) * GIB)
+    return name, lambda value: f"{value * GIB / unit_bytes:.2f}"
+
+
 def _show_search(console: Any, found: dict[str, Any]) -> None:
+    shown = found["fitting"][:SHOWN_LAYOUTS]
+    unit, amount = _amounts(row["gib"] for row in shown)
     rows = [
         [
             number, row["layout"], f"{row['step_seconds']:.2f}", f"{row['tokens_per_second_per_device']:,.0f}",
-            f"{row['bubble']:.1%}", f"{row['gib']:.1f}",
+            f"{row['bubble']:.1%}", amount(row["gib"]),
         ]
-        for number, row in enumerate(found["fitting"][:SHOWN_LAYOUTS], start=1)
+        for number, row in enumerate(shown, start=1)
     ]  # fmt: skip
     title = f"{len(found['fitting'])} layouts fit; the quickest"
-    _table(console, title, ["", "layout", "step s", "tokens/s a GPU", "bubble", "GiB"], rows)
+    _table(console, title, ["", "layout", "step s", "tokens/s a GPU", "bubble", unit], rows)
     rows = [[row["count"], row["reason"], row["example"]] for row in found["rejected"][:SHOWN_REASONS]]
     title = f"Rejected, by reason ({len(rows)} of {len(found['rejected'])}; --json has all)"
     _table(console, title, ["layouts", "reason", "example"], rows)

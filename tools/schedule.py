@@ -1,6 +1,5 @@
 """`megacode schedule`: the timeline of one optimizer step on a pipeline, its bubble and its activations in flight."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from megacode.errors import UserError
 from megacode.parallel.timeline import Timeline, bubble_formula, in_flight, in_flight_limit, simulate
 from megacode.tools.diagrams import schedule_svg
 from megacode.tools.drawing import standalone
+from megacode.tools.output import JsonFile, json_output
 from megacode.tools.report.style import schedule_style
 from megacode.tools.schedule_text import schedule_text
 
@@ -26,7 +26,7 @@ def schedule(
     virtual: Annotated[int, typer.Option(help="Chunks a rank holds (interleaved stages).")] = 1,
     backward: Annotated[float, typer.Option(help="Time of a backward; a forward takes 1.")] = 2.0,
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it as an SVG file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Draw the pipeline schedule of one optimizer step, from the lists of operations that training runs.
 
@@ -42,11 +42,11 @@ def schedule(
     if svg is not None:
         _write(svg, standalone(schedule_svg(timeline, virtual), schedule_style()))
     figures = _figures(timeline, microbatches, virtual, backward)
-    if as_json:
-        typer.echo(json.dumps({**figures, "ranks": [_operations(timeline, rank) for rank in range(pp)]}))
-        return
-    for line in _text(timeline, figures, shutil.get_terminal_size().columns):
-        typer.echo(line)
+    with json_output(json_file) as write_json:
+        if json_file is not None:
+            write_json({**figures, "ranks": [_operations(timeline, rank) for rank in range(pp)]})
+        for line in _text(timeline, figures, shutil.get_terminal_size().columns):
+            typer.echo(line)
 
 
 def _check(pp: int, microbatches: int, virtual: int, backward: float) -> None:

@@ -231,8 +231,9 @@ def _megacode_outputs(
         block = chunk.model.layers[str(number)]
         assert isinstance(block, Block)
         attention = block.self_attn
-        q, k = (proj(x).unflatten(-1, (-1, config.head_dim)) for proj in (attention.q_proj, attention.k_proj))
-        scores.append(_scores(*attention.layers.rope(q, k, probed_positions, config.rope_theta)))
+        q, k = attention.q_proj(x), attention.k_proj(x)
+        rotated = attention.layers.rope(q, k, probed_positions, config.rope_theta, config.head_dim)
+        scores.append(_scores(*rotated))
         states = [chunk(state, torch.arange(state.shape[1])[None]) for state in states]
         progress(number)
     return _Outputs(states, scores)

@@ -10,6 +10,7 @@ from megacode.doctor.finding import Finding, verdict
 from megacode.doctor.versions import one_line
 from megacode.kernels import dispatch
 from megacode.kernels.attention import Segments
+from megacode.kernels.cross_entropy import IGNORE
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest difference over the largest value. fp32: a sum of some hundred terms loses some hundred times 6e-8. bf16: the
@@ -41,7 +42,8 @@ def _heads(batch: int, sequence: int, heads: int, head_dim: int = 32) -> Tensor:
 
 
 def _rope() -> dict[str, list[Any]]:
-    return {"": [_heads(2, 65, 4), _heads(2, 65, 2), torch.randint(0, 16_384, (2, 65)), 1e6]}
+    q, k = _heads(2, 65, 4).flatten(-2), _heads(2, 65, 2).flatten(-2)
+    return {"": [q, k, torch.randint(0, 16_384, (2, 65)), 1e6, 32]}
 
 
 def _attention() -> dict[str, list[Any]]:
@@ -72,12 +74,19 @@ def _swiglu() -> dict[str, list[Any]]:
     return {"": [_states(), _states()]}
 
 
+def _cross_entropy() -> dict[str, list[Any]]:
+    labels = torch.randint(0, 1001, (37,))
+    labels[::5] = IGNORE
+    return {"": [2 * torch.randn(37, 1001, dtype=torch.float64), labels]}
+
+
 INPUTS: dict[str, Callable[[], dict[str, list[Any]]]] = {
     "attention": _attention,
     "rope": _rope,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "swiglu": _swiglu,
+    "cross_entropy": _cross_entropy,
 }
 """Operation -> the arguments of its cases by name; the floating-point tensors are the ones that are differentiated."""
 
@@ -140,7 +149,8 @@ def _differentiable(x: Any) -> bool:
 def _differentiate(function: Callable[..., Any], inputs: list[Any]) -> list[Tensor]:
     """The outputs and then the gradients of their sum weighted with fixed numbers."""
     arguments = [x.detach().requires_grad_() if _differentiable(x) else x for x in inputs]
-    result = function(*arguments)
+    # Copies: rope writes into what it is given, which torch refuses of a leaf.
+    result = function(*(x.clone() if _differentiable(x) else x for x in arguments))
     outputs = list(result) if isinstance(result, tuple) else [result]
     weights = [_weights(x) for x in outputs]
     leaves = [x for x in arguments if _differentiable(x)]

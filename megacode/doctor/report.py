@@ -1,16 +1,14 @@
 """Prints findings as they come, and keeps them."""
 
-import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from megacode.doctor.finding import Finding
-from megacode.errors import UserError
 
 WIDTH = 100
 STATE_WIDTH, NAME_WIDTH = 8, 23
@@ -72,17 +70,11 @@ class Report:
         else:
             self.console.print(Text("Nothing here would train wrongly.", style=STYLES["ok"]))
 
-    def save(self, path: Path) -> None:
-        """All findings as JSON: exit_code, and for each section a list of name, state, text and mend.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+    @property
+    def values(self) -> dict[str, Any]:
+        """All findings as plain values: exit_code, and for each section a list of name, state, text and mend."""
         sections = {name: [asdict(finding) for finding in findings] for name, findings in self.sections.items()}
-        try:
-            path.write_text(json.dumps({"exit_code": self.exit_code, "sections": sections}, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--json: cannot write {path}: {error.strerror}") from None
+        return {"exit_code": self.exit_code, "sections": sections}
 
 
 def _fold(text: str) -> str:

@@ -16,6 +16,7 @@ RECIPE_OWNS = {
     "optimizer": "optimizer",
     "scheduler": "schedule",
     "bf16": "precision",
+    "bfloat16": "precision",
     "fp16": "precision",
     "data_types": "precision",
 }
@@ -27,6 +28,7 @@ ZERO_OWNS = {"stage3_max_reuse_distance": "parallel.gather"}
 REFUSED = {
     "amp": "arithmetic is bf16 or fp32, by the recipe's precision",
     "torch_autocast": "arithmetic is bf16 or fp32, by the recipe's precision",
+    "sequence_parallel_size": "ranks share a sequence by the recipe's parallel.context and parallel.sequence",
     "zero_optimization.memory_efficient_linear": "it would replace F.linear for the whole process",
     "zero_optimization.zero_hpz_partition_size": "checkpoints would not find the weights",
     "zero_optimization.zero_quantized_weights": "checkpoints would not find the weights",

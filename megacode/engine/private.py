@@ -4,6 +4,7 @@ Each function is one cure; docs/architecture.md lists them, tests/dist/ shows wh
 DeepSpeed 0.19.8: `check_version` refuses another, since a name that moved would give wrong gradients, not an error.
 """
 
+import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -45,6 +46,19 @@ COLLECTIVES = {
     "reduce_scatter_tensor": "reduce-scatter", "all_to_all_single": "all-to-all", "barrier": "barrier",
 }  # fmt: skip
 """Methods of DeepSpeed's backend that all ranks of a group call, and what they are."""
+CONFIG_KEYS = {
+    "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet", "comms_logger",
+    "communication_data_type", "compile", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last",
+    "datastates_ckpt", "disable_allgather", "disable_python_gc", "dump_state", "expert_parallel", "flops_profiler",
+    "fp16", "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping", "gradient_predivide_factor",
+    "hybrid_engine", "log_level", "managed_gradient_accumulation", "memory_breakdown", "optimizer", "pipeline",
+    "prescale_gradients", "scheduler", "seq_parallel_communication_data_type", "sequence_parallel_size",
+    "steps_per_print", "tensor_parallel", "tensorboard", "timers", "torch_autocast", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown",
+    "wandb", "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+}  # fmt: skip
+"""Top-level keys that DeepSpeedConfig reads; it takes no notice of others."""
 
 
 def check_version() -> None:
@@ -56,19 +70,29 @@ def check_version() -> None:
         )
 
 
-def check_zero_section(section: dict[str, Any], path: str | None) -> None:
-    """Refuse what DeepSpeed would in zero_optimization, before it is too late for a line.
+def check_config(config: dict[str, Any], path: str | None) -> None:
+    """Refuse keys that DeepSpeed would leave unread, and what it would refuse in zero_optimization when it is too late
+    for a line.
 
     Raises:
         UserError: names the file and the first key that is unknown or has a wrong value.
     """
+    for key in config:
+        if key not in CONFIG_KEYS:
+            raise UserError(f"{path}: {key}: {_unknown(key, CONFIG_KEYS)}")
     try:
-        DeepSpeedZeroConfig(**section)
+        DeepSpeedZeroConfig(**config["zero_optimization"])
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
-        wrong = "unknown to DeepSpeed; remove it" if first["type"] == "extra_forbidden" else first["msg"]
-        raise UserError(f"{path}: {where}: {wrong}") from None
+        place = [str(part) for part in first["loc"]]
+        known = DeepSpeedZeroConfig.model_fields if len(place) == 1 else ()
+        wrong = _unknown(place[-1], known) if first["type"] == "extra_forbidden" else first["msg"]
+        raise UserError(f"{path}: {'.'.join(('zero_optimization', *place))}: {wrong}") from None
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(known), n=1)
+    return f"unknown to DeepSpeed {VERSION}; " + (f"did you mean {near[0]}? Else remove it" if near else "remove it")
 
 
 def skip_shared_memory_op() -> None:

@@ -7,6 +7,7 @@ needs is in `private`, one function a cure.
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -36,7 +37,7 @@ def check_config(recipe: Recipe) -> None:
     Raises:
         UserError: names the file and the key.
     """
-    private.check_zero_section(deepspeed_config(recipe)["zero_optimization"], recipe.deepspeed_config)
+    private.check_config(deepspeed_config(recipe), recipe.deepspeed_config)
 
 
 def start_deepspeed() -> None:
@@ -102,7 +103,9 @@ class ZeroEngine:
             stage.
         """
         with self._step():
-            return self.pipeline.train(batches, loss_scale, self._forward, self._backward)
+            scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=self.pipeline.device)
+            forward = partial(self._forward, loss_scale=scale)
+            return self.pipeline.train(batches, scale, forward, self._backward)
 
     def evaluate(self, batches: list[MicroBatch]) -> Tensor:
         """[num_groups] sums of the micro-batches' negative log-likelihoods; zero on ranks without the last stage."""
@@ -128,8 +131,11 @@ class ZeroEngine:
         device = self.pipeline.device  # offloaded, both are on the host
         return self.engine.get_global_grad_norm().to(device), self._skip.skipped.to(device)
 
-    def _forward(self, chunk: int, x: Tensor, batch: MicroBatch, last_stage: bool) -> Tensor:
-        return self.engine(chunk, x, batch.positions, batch.segments, batch.labels if last_stage else None)
+    def _forward(
+        self, chunk: int, x: Tensor, batch: MicroBatch, last_stage: bool, loss_scale: Tensor | None = None
+    ) -> Tensor:
+        labels = batch.labels if last_stage else None
+        return self.engine(chunk, x, batch.positions, batch.segments, labels, loss_scale)
 
     def _backward(self, scalar: Tensor, last: bool) -> None:
         if not self.reduce_once:

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from megacode.kernels import dispatch
 from megacode.kernels.attention import Segments
+from megacode.kernels.cross_entropy import IGNORE as IGNORE
 from megacode.model.linear import ALONE, Exchange, linears
 from megacode.recipe import Recompute
-
-IGNORE = -100
-"""Label of a position without loss."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,11 @@ class Layers(Protocol):
     """What backward computes again."""
     choices: Mapping[str, dispatch.Choice]
     """Which backend computes each operation that has several, and why."""
-    rope: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    """(q, k, positions, theta) -> rotated q, k; half-split pairs as in HF."""
+    rope: Callable[[Tensor, Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+    """(q, k, positions, theta, head_dim) -> rotated q, k [batch, sequence, heads, head_dim]; half-split pairs as in HF.
+
+    In place: q and k [batch, sequence, heads * head_dim] are given away.
+    """
     attention: Callable[[Tensor, Tensor, Tensor, Segments | None], Tensor]
     """Causal attention core: q [batch, sequence, heads, head_dim], k and v with kv_heads, segments -> as q."""
     swiglu: Callable[[Tensor, Tensor], Tensor]
@@ -142,7 +143,7 @@ class Layers(Protocol):
         ...
 
     def head(self, hidden: int, rows: int, std: float) -> nn.Module:
-        """[batch, stream, hidden] -> this rank's logits [batch, sequence, its rows], padding left out."""
+        """[batch, stream, hidden] -> this rank's logits [batch, sequence, its rows with padding]."""
         ...
 
     def norm(self, hidden: int, epsilon: float) -> Norm:
@@ -159,8 +160,16 @@ class Layers(Protocol):
         """x + branch, and `columns` of that sum."""
         ...
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Negative log-likelihood of each label [batch, sequence], 0 where IGNORE: fp32, the same on every rank."""
+    def logits(self, padded: Tensor) -> Tensor:
+        """What the head gives, without padding."""
+        ...
+
+    def loss(self, padded: Tensor, labels: Tensor, scale: Tensor | None) -> Tensor:
+        """Negative log-likelihood of each label [batch, sequence], 0 where IGNORE: fp32, the same on every rank.
+
+        What the head gives is given away: its memory becomes that of its gradient. scale: of the gradient that backward
+        will come with, if it is known, fp32.
+        """
         ...
 
 
@@ -180,6 +189,7 @@ class PlainLayers:
         self.choices = choices or dispatch.choose_all(dispatch.task(torch.device(device), dtype))
         names = ("rope", "attention", "swiglu")
         self.rope, self.attention, self.swiglu = (self.choices[name].function for name in names)
+        self.cross_entropy = self.choices["cross_entropy"].function
 
     def embedding(self, rows: int, hidden: int, std: float) -> nn.Module:
         return Embedding(rows, hidden, Slice((rows, hidden), std))
@@ -211,6 +221,8 @@ class PlainLayers:
         total, normed = norm.of_sum(x, branch, norm.weight)
         return total, linears([each.weight for each in maps], normed, exchange=self.exchange)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-        return losses.view(labels.shape)
+    def logits(self, padded: Tensor) -> Tensor:
+        return padded
+
+    def loss(self, padded: Tensor, labels: Tensor, scale: Tensor | None) -> Tensor:
+        return self.cross_entropy(padded.flatten(0, 1), labels.flatten(), expected=scale).view(labels.shape)

@@ -31,10 +31,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm, positions: Tensor, segments: Segments | None) -> Tensor:
         """Of the norm of x: [batch, stream, hidden] -> the same"""
-        maps = self.layers.columns(norm, x, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.layers.columns(norm, x, (self.q_proj, self.k_proj, self.v_proj))
         # [batch, sequence, this rank's heads or kv_heads, head_dim]
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in maps)
-        q, k = self.layers.rope(q, k, positions, self.theta)
+        q, k = self.layers.rope(q, k, positions, self.theta, self.head_dim)
+        v = v.unflatten(-1, (-1, self.head_dim))
         return self.o_proj(self.layers.attention(q, k, v, segments).flatten(-2))
 
 
@@ -121,7 +121,12 @@ class Llama(nn.Module):
         self.lm_head = self.parts.head(config.hidden, config.vocabulary, config.init_std) if last else None
 
     def forward(
-        self, x: Tensor, positions: Tensor, segments: Segments | None = None, labels: Tensor | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        segments: Segments | None = None,
+        labels: Tensor | None = None,
+        loss_scale: Tensor | None = None,
     ) -> Tensor:
         """One chunk's forward.
 
@@ -131,6 +136,8 @@ class Llama(nn.Module):
             segments: what attention stays inside of, over the flattened batch * sequence; None: each sequence is one
                 segment. Context ranks always have them (`parallel.context.own_part`).
             labels: [batch, sequence] of the last chunk; IGNORE has no loss.
+            loss_scale: the gradient that backward will come to each loss with, fp32 scalar. None: not known, or 1; any
+                is right, but another than was said costs a pass over the logits' gradient.
 
         Returns:
             Hidden states [batch, stream, hidden], for all chunks but the last; of the last, the negative
@@ -141,7 +148,7 @@ class Llama(nn.Module):
         if self.lm_head is None:
             return x
         logits = self.lm_head(x)
-        return logits if labels is None else self.parts.loss(logits, labels)
+        return self.parts.logits(logits) if labels is None else self.parts.loss(logits, labels, loss_scale)
 
 
 @torch.no_grad()

@@ -25,10 +25,16 @@ class Chunks(nn.Module):
         self.chunks, self.choices = nn.ModuleList(chunks), choices
 
     def forward(
-        self, chunk: int, x: Tensor, positions: Tensor, segments: Segments | None, labels: Tensor | None
+        self,
+        chunk: int,
+        x: Tensor,
+        positions: Tensor,
+        segments: Segments | None,
+        labels: Tensor | None,
+        loss_scale: Tensor | None = None,
     ) -> Tensor:
         """See Llama.forward."""
-        return self.chunks[chunk](x, positions, segments, labels)
+        return self.chunks[chunk](x, positions, segments, labels, loss_scale)
 
     def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of all chunks."""

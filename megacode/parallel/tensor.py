@@ -5,17 +5,15 @@ parallelism, else the same.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megacode.kernels.dispatch import Choice
-from megacode.model.layers import IGNORE, Embedding, Linear, PlainLayers, Slice, part_of
+from megacode.model.layers import Embedding, Linear, PlainLayers, Slice, part_of
 from megacode.model.linear import Exchange, linears
 from megacode.parallel.collectives import Replicated, SplitSequence, sum_over_tensor_ranks
 from megacode.parallel.heartbeat import communicating
@@ -52,50 +50,30 @@ class VocabularyEmbedding(Embedding):
 
 
 class VocabularyHead(Linear):
-    """The head whose rows are split; logits of padding rows are dropped before anyone sees them."""
+    """The head whose rows are split and padded; `TensorLayers` drops the logits of padding."""
 
     def __init__(self, local_out: int, local_in: int, part: Slice, exchange: Exchange) -> None:
         super().__init__(local_out, local_in, part)
         self.exchange = exchange
 
     def forward(self, *inputs: Tensor, first: Callable[..., Tensor] | None = None) -> Tensor:
-        """[batch, stream, hidden] -> [batch, sequence, this rank's rows]"""
-        part = part_of(self.weight)
-        (logits,) = linears((self.weight,), *inputs, first=first, exchange=self.exchange)
-        return logits[..., : part.stop - part.start]
+        """[batch, stream, hidden] -> [batch, sequence, this rank's rows with padding]"""
+        return linears((self.weight,), *inputs, first=first, exchange=self.exchange)[0]
 
 
-class _VocabularyLoss(torch.autograd.Function):
-    """Cross-entropy over split logits: one all-reduce of the maximum, one of two sums; softmax saved for backward."""
+class _TensorRanks:
+    """The ranks that share a vocabulary, as the cross-entropy asks for them."""
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, group: ProcessGroup) -> Tensor:
-        ctx.dtype = logits.dtype
-        logits = logits.float()  # [tokens, this rank's rows]
-        largest = logits.amax(-1)
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def maximum(self, x: Tensor) -> None:
         with communicating("all-reduce", "tensor"):
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        logits = logits - largest.unsqueeze(-1)
-        ignored = labels == IGNORE
-        local = labels - start
-        foreign = ignored | (local < 0) | (local >= logits.shape[-1])
-        local = local.masked_fill(foreign, 0)
-        target = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(foreign, 0.0)
-        exponentials = logits.exp_()
-        sums = torch.stack([exponentials.sum(-1), target])  # [2, tokens]
-        with communicating("all-reduce", "tensor"):
-            dist.all_reduce(sums, group=group)
-        ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), local, foreign, ignored)
-        return (sums[0].log() - sums[1]).masked_fill(ignored, 0.0)  # [tokens]
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, local, foreign, ignored = ctx.saved_tensors
-        minus_one = (~foreign).to(softmax.dtype).neg_().unsqueeze(-1)
-        softmax = softmax.scatter_add(-1, local.unsqueeze(-1), minus_one)
-        softmax = softmax.masked_fill_(ignored.unsqueeze(-1), 0.0).mul_(grad.unsqueeze(-1))
-        return softmax.to(ctx.dtype), None, None, None
+    def sum(self, x: Tensor) -> None:
+        with communicating("all-reduce", "tensor"):
+            dist.all_reduce(x, group=self.group)
 
 
 class TensorLayers(PlainLayers):
@@ -119,7 +97,7 @@ class TensorLayers(PlainLayers):
         self.group, self.rank, self.ranks = mesh.tensor_group, mesh.tensor_rank, mesh.tensor
         self.split_sequence = split_sequence
         self.exchange = SplitSequence(self.group) if split_sequence else Replicated(self.group)
-        self._head_start = 0
+        self._head_start, self._head_columns = 0, 0
 
     def _split(self, size: int) -> tuple[int, int]:
         """(start, stop) of this rank's equal part."""
@@ -148,9 +126,12 @@ class TensorLayers(PlainLayers):
 
     def head(self, hidden: int, rows: int, std: float) -> nn.Module:
         padded, start, stop = self._rows(rows)
-        self._head_start = start
+        self._head_start, self._head_columns = start, stop - start
         return VocabularyHead(padded, hidden, Slice((rows, hidden), std, 0, start, stop), self.exchange)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        losses = _VocabularyLoss.apply(logits.flatten(0, 1), labels.flatten(), self._head_start, self.group)
-        return losses.view(labels.shape)
+    def logits(self, padded: Tensor) -> Tensor:
+        return padded[..., : self._head_columns]
+
+    def loss(self, padded: Tensor, labels: Tensor, scale: Tensor | None) -> Tensor:
+        part = self._head_start, _TensorRanks(self.group), scale, self._head_columns
+        return self.cross_entropy(padded.flatten(0, 1), labels.flatten(), *part).view(labels.shape)

@@ -16,7 +16,8 @@ from megacode.plan.hardware import Hardware
 from megacode.plan.job import Job, Offload
 from megacode.plan.memory import StageMemory, memory, worst_stage
 from megacode.plan.model import flops_per_token, num_parameters
-from megacode.plan.search import GIB, RECOMPUTE, Search, describe
+from megacode.plan.search import RECOMPUTE, Search, describe
+from megacode.plan.units import GIB
 from megacode.recipe import Recipe
 
 Policy = Literal["step", "microbatch"]

@@ -12,9 +12,9 @@ from megacode.plan.cost import Cost
 from megacode.plan.hardware import Hardware
 from megacode.plan.layout import fit
 from megacode.plan.memory import StageMemory, recipe_job, worst_stage
+from megacode.plan.units import size
 from megacode.recipe import Recipe, Recompute
 
-GIB = 2**30
 VIRTUAL_STAGES = (1, 2, 4)
 MICRO_SAMPLES = (1, 2, 4, 8)
 POLICIES: tuple[tuple[int, str | None, str | None], ...] = (
@@ -120,7 +120,7 @@ def mend(recipe: Recipe, num_devices: int, limit_bytes: float) -> str:
         except UserError:
             continue
         if stage.total_bytes <= limit_bytes:
-            return f"set {describe(changes)} ({stage.total_bytes / GIB:.1f} GiB)"
+            return f"set {describe(changes)} ({size(stage.total_bytes)})"
     return f"no single change is enough ({_largest(worst)}): use --search, more GPUs or offload"
 
 
@@ -232,7 +232,7 @@ def _try(
             return
     where = f"tensor {layout.tensor} pipeline {layout.pipeline}"
     where += f" context {layout.context}" if layout.context > 1 else ""
-    need = f"the nearest needs {worst.total_bytes / GIB:.1f} GiB on stage {worst.pipeline_rank}"
+    need = f"the nearest needs {size(worst.total_bytes)} on stage {worst.pipeline_rank}"
     found.reject(f"memory {where}", f"{where}: {need}; {_largest(worst)}", changes, worst.total_bytes)
 
 
@@ -249,5 +249,5 @@ def _largest(stage: StageMemory) -> str:
             "raise the data ranks: fewer micro-batches a step are sent",
         ),
     }
-    name, (size, change) = max(parts.items(), key=lambda part: part[1][0])
-    return f"{size / GIB:.0f} GiB are {name}; {change}"
+    name, (num_bytes, change) = max(parts.items(), key=lambda part: part[1][0])
+    return f"{size(num_bytes)} are {name}; {change}"

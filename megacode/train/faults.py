@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +38,8 @@ class Asked:
 class Requests:
     """Requests to stop or save: SIGTERM, SIGUSR1 or SIGUSR2 to any rank, or a file STOP or SAVE in the run folder.
 
-    A file that holds a number asks for the end of that step; an empty one, and a signal, for the end of this one.
+    A file that holds a number asks for the end of that step; an empty one, and a signal, for the end of this one. What
+    else a file may hold asks for nothing, and is told once.
     A rank only takes notes. What counts is the sum over all ranks, which rides on the step's all-reduce of the loss, so
     that every rank acts at the same step's end.
 
@@ -51,6 +53,7 @@ class Requests:
         self._seen = [0.0] * (len(FILES) + len(SIGNALS))
         self._next_look = 0.0
         self._due: list[float] = [math.inf] * len(FILES)
+        self._told: set[tuple[str, str]] = set()
 
     def listen(self) -> None:
         """Take note of signals from now on; before, they end the process as ever."""
@@ -65,7 +68,7 @@ class Requests:
         """[files + signals] what this rank has noted for the end of a step: 1 or 0, on the host."""
         if self.looks and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK_SECONDS
-            self._due = [_due_step(self.run / name) for name in FILES]
+            self._due = [self._due_step(name) for name in FILES]
         self._seen[: len(FILES)] = [float(step >= due) for due in self._due]
         return torch.tensor(self._seen)
 
@@ -84,17 +87,23 @@ class Requests:
                     (self.run / name).unlink(missing_ok=True)
             self._next_look = 0.0
 
-
-def _due_step(file: Path) -> float:
-    """The step at whose end a file asks for something: never where it is not there, at once where it names none."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace").strip()
-        age_seconds = time.time() - file.stat().st_mtime
-    except OSError:
+    def _due_step(self, name: str) -> float:
+        """The step at whose end a file asks for something: never where it is not there, at once where it is empty."""
+        file = self.run / name
+        try:
+            text = file.read_text(encoding="utf-8", errors="replace").strip()
+            age_seconds = time.time() - file.stat().st_mtime
+        except OSError:
+            return math.inf
+        if not text:  # `echo 5000 > STOP` makes it empty first
+            return 0 if age_seconds > 0.5 else math.inf
+        if text.isdecimal():
+            return int(text)
+        if (name, text) not in self._told:
+            self._told.add((name, text))
+            mend = f"write the number of a step, or empty it (: > {file}) for now"
+            print(f"{file} is ignored: it holds {text[:40]!r}; {mend}", file=sys.stderr, flush=True)
         return math.inf
-    if not text:  # `echo 5000 > STOP` makes it empty first
-        return 0 if age_seconds > 0.5 else math.inf
-    return int(text) if text.isdecimal() else 0
 
 
 @dataclass(frozen=True)

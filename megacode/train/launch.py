@@ -69,14 +69,28 @@ def find_device(place: Place) -> torch.device:
 
 
 def start_process_group(place: Place, device: torch.device, timeout_seconds: float) -> None:
-    """NCCL on GPUs, else gloo. Collective."""
+    """NCCL on GPUs, else gloo. Collective.
+
+    Raises:
+        UserError: rank 0, which the others are to meet at MASTER_PORT, finds it taken.
+    """
     if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
         # gloo guesses an interface from the host's name, and at random waits for ever on a host with odd ones.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
-        return
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
-    dist.init_process_group("gloo", timeout=timeout)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
+    try:
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT {os.environ['MASTER_PORT']} is in use on this machine, by another run perhaps; set "
+            f"MASTER_PORT to a free port (deepspeed --master_port, torchrun --master-port)"
+        ) from None

@@ -34,6 +34,7 @@ from megacode.train.journal import Journal
 from megacode.train.launch import Place, find_device, find_place, start_process_group
 from megacode.train.loop import Trainer
 from megacode.train.out_of_memory import explain_out_of_memory, is_out_of_memory
+from megacode.train.profile import check_profile
 from megacode.train.stall import EXIT_STALLED, StallWatch
 from megacode.train.straggler import Stragglers
 from megacode.train.trackers import check_trackers, open_trackers
@@ -60,6 +61,7 @@ def main(arguments: list[str]) -> int:
         doing("opening the data")
         check_config(config)
         check_trackers(config)
+        check_profile(config, layout.world_size)
         streams = start.open_streams(config, tokenizer)
         start.check_run_folder(config, streams[0].windows.num_tokens)
         start.check_disk(config)

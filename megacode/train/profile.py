@@ -6,8 +6,28 @@ from pathlib import Path
 
 import torch
 
+from megacode.errors import UserError
 from megacode.parallel.heartbeat import doing
 from megacode.recipe import Recipe
+
+
+def check_profile(recipe: Recipe, world_size: int) -> None:
+    """Refuse traces that the run can't write.
+
+    Raises:
+        UserError: names the key.
+    """
+    logging, steps = recipe.logging, recipe.schedule.steps
+    if not logging.profile_steps:
+        return
+    if not logging.profile_ranks:
+        raise UserError("logging.profile_ranks is empty and logging.profile_steps is not; name ranks")
+    for step in logging.profile_steps:
+        if not 1 <= step <= steps:
+            raise UserError(f"logging.profile_steps: no step {step}; schedule.steps is {steps}, name 1 to {steps}")
+    for rank in logging.profile_ranks:
+        if not 0 <= rank < world_size:
+            raise UserError(f"logging.profile_ranks: no rank {rank}; name 0 to {world_size - 1}")
 
 
 @contextmanager

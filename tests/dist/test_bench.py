@@ -20,7 +20,7 @@ SECONDS = 300
 
 
 def test_all_contestants_train_the_same():
-    command = [sys.executable, "-m", "megacode.tools.bench.train_cpu", "--shape", "nano", "--steps", "2", "--json"]
+    command = [sys.executable, "-m", "megacode.tools.bench.train_cpu", "--shape", "nano", "--steps", "2", "--json", "-"]
     done = subprocess.run([*command, "--micro-batches", "2"], capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -72,7 +72,7 @@ def test_counted_communication_is_printed_beside_the_formulas(tmp_path):
     path = tmp_path / "recipe.yaml"
     recipe().save(path)
     command = [sys.executable, "-m", "megacode.tools.bench.communication", str(path), "parallel.zero=3"]
-    done = subprocess.run([*command, "--processes", "2", "--json"], capture_output=True, text=True, timeout=SECONDS)
+    done = subprocess.run([*command, "--processes", "2", "--json", "-"], capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads(done.stdout)
     assert answer["parallel"] == {"zero": 3}

@@ -13,7 +13,7 @@ SECONDS = 240
 
 
 def test_it_measures_each_case_and_none_beats_the_formula():
-    command = [sys.executable, "-m", "megacode.tools.bench.pipeline", "--pipeline", "2", "--steps", "1", "--json"]
+    command = [sys.executable, "-m", "megacode.tools.bench.pipeline", "--pipeline", "2", "--steps", "1", "--json", "-"]
     done = subprocess.run([*command, "--forward-ms", "1"], capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)

@@ -25,7 +25,7 @@ def run(*options):
 
 
 def test_it_measures_each_layout_and_none_beats_its_sleeps():
-    done = run("--processes", "2", "--steps", "1", "--block-ms", "1", "--json")
+    done = run("--processes", "2", "--steps", "1", "--block-ms", "1", "--json", "-")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     cases = [*cases_of(1), *cases_of(2)]

@@ -181,6 +181,7 @@ def test_an_error_of_a_rank_is_told_and_ends_the_run(recipe):
         (["tokenizer.path=/nowhere/t.model"], "/nowhere/t.model"),
         (["batch.sequence_length=1000", "batch.global_samples=2"], "global_samples"),
         (["--deepspeed_config", "/nowhere/ds.json"], "deepspeed_config: cannot read /nowhere/ds.json"),
+        (["logging.profile_steps=[9]"], "logging.profile_steps: no step 9"),
         (["parallel.zero=2"], "ds_configs/zero3.json: zero_optimization.stage is 3"),
         (["schedule.steps=many"], "schedule.steps: Input should be a valid integer, not 'many'"),
         (["tokenizer.path=launchers"], "launchers"),
@@ -199,6 +200,22 @@ def test_a_mistake_is_one_line_and_exit_2_before_any_process_group(recipe, overr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_one_line_and_exit_2(recipe):
+    run = recipe.parent / "taken"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "launchers/train.py", str(recipe), f"run={run}", "parallel.pipeline=1"],
+            cwd=ROOT, env={**ENVIRONMENT, "MASTER_PORT": port}, text=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert [line for line in done.stderr.splitlines() if port in line] == [f"error: {status(run)['message']}"]
+    assert status(run)["message"].startswith(f"MASTER_PORT {port} is in use")
     assert "Traceback" not in done.stderr
 
 

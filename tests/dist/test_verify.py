@@ -139,6 +139,7 @@ def test_a_mistake_in_the_recipe_is_one_line(tmp_path):
     assert done.returncode == 2
     assert "/nowhere/train" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("run.verify.*"))
 
 
 def write_run(run: Path, losses: list[float], seed: int) -> Path:

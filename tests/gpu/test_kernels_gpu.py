@@ -1,13 +1,15 @@
-"""The CUDA backends of rope and attention against their twins on the same device."""
+"""The CUDA backends of rope, against the definition in float64, and of attention, against its twin, on a GPU."""
 
 import importlib.util
 
 import pytest
 import torch
+from support import rope
+from support.rope import CASES, Case
 
 from megacode.kernels import dispatch
 from megacode.kernels.attention import Segments, attention_flash, attention_torch
-from megacode.kernels.rope import rope_torch, rope_triton
+from megacode.kernels.rope import rope_triton
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,22 +18,42 @@ pytestmark = [
 
 
 # Heads and kv_heads of Code Llama 7B, 13B and 34B, and of one rank of eight of 70B.
-@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (40, 40), (64, 8), (8, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rope_triton(heads, kv_heads, dtype):
-    torch.manual_seed(0)
-    fused = torch.randn(2, 513, heads + kv_heads, 128, device="cuda", dtype=dtype, requires_grad=True)
-    positions = torch.randint(0, 100_001, (2, 513), device="cuda")
-    outs, grads = [], []
-    for rope in (rope_triton, rope_torch):
-        out = torch.cat(rope(*fused.split([heads, kv_heads], dim=2), positions, 1e6), dim=2)
-        outs.append(out)
-        grads.append(torch.autograd.grad(out, fused, torch.linspace(-2, 2, out.numel(), device="cuda").view_as(out))[0])
-    # Both compute in fp32, with fused multiply-adds on one side: a few units in the last place of values up to 5. In
-    # bf16 such a difference may turn a rounding: one unit in the last place, 2^-7 relative.
-    rtol = 2**-7 if dtype == torch.bfloat16 else 0
-    for actual, expected in (outs, grads):
-        torch.testing.assert_close(actual, expected, rtol=rtol, atol=2e-6)
+LARGE = {
+    f"{heads}_{kv_heads}_{word}": Case(heads, kv_heads, 128, dtype, sequence=513)
+    for heads, kv_heads in [(32, 32), (40, 40), (64, 8), (8, 1)]
+    for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+}
+
+
+@pytest.mark.parametrize("name", [*CASES, *LARGE])
+def test_rope_triton_is_the_definition_and_gives_the_same_bits_again(name):
+    case = (CASES | LARGE)[name]
+    actual = rope.compute(rope_triton, case, "cuda")
+    rope.check(case, actual, "cuda")
+    for again in (rope.compute(rope_triton, case, "cuda") for _ in range(3)):
+        assert all(torch.equal(again[key], value) for key, value in actual.items())
+
+
+def test_whoever_needs_the_unrotated_values_gets_an_error():
+    q, k = (torch.randn(2, 33, 256, device="cuda", requires_grad=True) for _ in range(2))
+    given = [x * 1 for x in (q, k)]
+    square = given[0].square()
+    rope_triton(*given, torch.arange(33, device="cuda").expand(2, 33), 1e4, 64)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
+def test_rope_triton_reaches_rows_past_2_to_31_elements():
+    rows, width = 2**31 // 8192 + 3, 8192
+    if torch.cuda.mem_get_info()[0] < 3 * rows * width * 2:
+        pytest.skip("needs 13 GB of free GPU memory")
+    q = torch.ones(1, rows, width, device="cuda", dtype=torch.bfloat16)
+    k = torch.ones(1, rows, 128, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(rows, device="cuda")[None]
+    last = [x[:, -3:].clone() for x in (q, k)]
+    whole = rope_triton(q, k, positions, 1e6, 128)
+    for x, y in zip(whole, rope_triton(*last, positions[:, -3:], 1e6, 128), strict=True):
+        assert torch.equal(x[:, -3:], y)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")

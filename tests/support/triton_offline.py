@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
+ALIGNED = ("_stride", "ffn", "columns")
+"""Ends of the names of numbers that `compile_for_hopper` takes to be multiples of 16."""
 
 
 def interpret(module: str, path: Path, *arguments: str) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def bf16_as_in_hardware() -> None:
 def compile_for_hopper(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> Any:
     """A kernel compiled for sm_90a.
 
-    Pointers and strides are multiples of 16. What is neither in `types` nor in `constants` is a 32-bit integer.
+    Pointers and what is `ALIGNED` are multiples of 16. What is in neither `types` nor `constants` is a 32-bit integer.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -60,7 +62,7 @@ def compile_for_hopper(kernel: Any, types: dict[str, str], constants: dict[str, 
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if kinds[name].startswith("*") or (name.endswith(("_stride", "ffn", "columns")) and name not in constants)
+        if kinds[name].startswith("*") or (name.endswith(ALIGNED) and name not in constants)
     }
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

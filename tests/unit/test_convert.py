@@ -40,7 +40,7 @@ def test_newest_of_a_run(run, tmp_path):
 
 def test_a_step_in_fp32_as_json(run, tmp_path):
     (tmp_path / "code.c").write_bytes("int x;\r\n\tü".encode())
-    words = ["--dtype", "fp32", "--text", tmp_path / "code.c", "--text", __file__, "--json"]
+    words = ["--dtype", "fp32", "--text", tmp_path / "code.c", "--text", __file__, "--json", "-"]
     result = convert(step_folder(run, 9), tmp_path / "hf", *words)
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime import config as ds_config
 from support.training import recipe
 
+from megacode.engine import private
 from megacode.engine.config import deepspeed_config
 from megacode.engine.zero import check_config
 from megacode.errors import UserError
@@ -22,6 +24,13 @@ def zero_section(model, file=None, **parallel):
     """zero_optimization as DeepSpeed gets it."""
     config = recipe(parallel={"zero": 3, **parallel}, deepspeed_config=None if file is None else str(file))
     return deepspeed_config(config.model_copy(update={"model": model}))["zero_optimization"]
+
+
+def zero3(folder, **values):
+    """A recipe with a DeepSpeed file that holds these values."""
+    file = folder / "deepspeed.json"
+    file.write_text(json.dumps(values))
+    return recipe(parallel={"zero": 3}, deepspeed_config=str(file))
 
 
 def block_on_a_rank(model, tensor):
@@ -66,16 +75,65 @@ def test_no_auto_is_left_for_deepspeed(tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"foo": 3}, r"deepspeed\.json: zero_optimization\.foo: unknown to DeepSpeed; remove it"),
+        ({"foo": 3}, r"deepspeed\.json: zero_optimization\.foo: unknown to DeepSpeed [\d.]+; remove it"),
+        ({"overlap_com": True}, r"zero_optimization\.overlap_com: unknown to .*; did you mean overlap_comm\?"),
         ({"offload_param": {"device": "cpu", "foo": 1}}, r"zero_optimization\.offload_param\.foo: unknown"),
         ({"reduce_bucket_size": "many"}, r"zero_optimization\.reduce_bucket_size: Input should be a valid integer"),
     ],
 )
 def test_what_deepspeed_would_refuse_is_a_line(tmp_path, section, message):
-    file = tmp_path / "deepspeed.json"
-    file.write_text(json.dumps({"zero_optimization": section}))
     with pytest.raises(UserError, match=message):
-        check_config(recipe(parallel={"zero": 3}, deepspeed_config=str(file)))
+        check_config(zero3(tmp_path, zero_optimization=section))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("zero_optimisation", r"deepspeed\.json: zero_optimisation: unknown to .*; did you mean zero_optimization\?"),
+        ("comunication_data_type", r"comunication_data_type: .*; did you mean communication_data_type\?"),
+        ("sparse_attention", r"deepspeed\.json: sparse_attention: unknown to DeepSpeed [\d.]+; remove it"),
+        ("_note", r"deepspeed\.json: _note: unknown to DeepSpeed [\d.]+; remove it"),
+    ],
+)
+def test_a_key_that_deepspeed_would_not_read_is_a_line(tmp_path, key, message):
+    with pytest.raises(UserError, match=message):
+        check_config(zero3(tmp_path, **{key: {}}))
+
+
+class Asked(dict):
+    """A configuration that notes which keys are asked for."""
+
+    def __init__(self, values, asked):
+        super().__init__(values)
+        self.asked = asked
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def keys(self):
+        return self  # DeepSpeed asks `key in config.keys()` too
+
+    def __copy__(self):
+        return self
+
+
+def test_the_known_keys_are_those_that_deepspeed_reads(tmp_path):
+    asked = set()
+    ds_config.DeepSpeedConfig(Asked({"train_micro_batch_size_per_gpu": 1}, asked))
+    # The one is read where no mpu and no process group is there; those that it asks for to refuse them are not known.
+    read = asked - set(ds_config._REMOVED_TOP_LEVEL_CONFIG_KEYS) | {"sequence_parallel_size"}
+    assert read == private.CONFIG_KEYS
+    for key in private.CONFIG_KEYS - {"zero_optimization"}:
+        check_config(zero3(tmp_path, **{key: "auto"}))
 
 
 def test_the_files_that_come_along_are_accepted():

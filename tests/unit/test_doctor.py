@@ -167,8 +167,8 @@ def test_the_twins_agree_with_themselves(operation, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_kernel_that_errs_is_found(dtype):
-    def late(q, k, positions, theta):
-        return rope_torch(q, k, positions + 1, theta)
+    def late(q, k, positions, theta, head_dim):
+        return rope_torch(q, k, positions + 1, theta, head_dim)
 
     def without_group(q, k, v, segments):
         return attention_torch(q, k.flip(2), v, segments)
@@ -184,7 +184,7 @@ def test_a_kernel_that_errs_is_found(dtype):
         assert (finding.state, "fails" in finding.text) == ("WRONG", False)
     finding = kernels.check_twin("rope", "x", fails, CPU, dtype)
     assert (finding.state, "no kernel image" in finding.text) == ("WRONG", True)
-    nothing = kernels.check_twin("rope", "x", lambda q, k, p, t: (q * torch.nan, k), CPU, dtype)
+    nothing = kernels.check_twin("rope", "x", lambda *x: tuple(y * torch.nan for y in rope_torch(*x)), CPU, dtype)
     assert nothing.state == "WRONG"
 
 

@@ -61,6 +61,23 @@ def test_a_file_may_name_the_step(tmp_path):
     assert [asked(requests, step).stop is not None for step in (5, 6, 7, 8)] == [False, False, True, True]
 
 
+def test_a_file_that_holds_no_step_asks_for_nothing_and_is_told_once(tmp_path, capsys):
+    (tmp_path / "STOP").write_text("next week\n")
+    (tmp_path / "SAVE").write_text("-3")
+    requests = Requests(tmp_path, looks=True)
+    nothing = asked(Requests(tmp_path, looks=False))
+    assert asked(requests) == nothing
+    requests._next_look = 0.0
+    assert asked(requests) == nothing
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"{tmp_path}/STOP is ignored: it holds 'next week'; write the number of a step")
+    assert second.startswith(f"{tmp_path}/SAVE is ignored: it holds '-3'; ")
+    (tmp_path / "STOP").write_text("5")
+    requests._next_look = 0.0
+    assert asked(requests, 5).stop is not None
+    assert capsys.readouterr().err == ""
+
+
 def test_a_later_save_outlives_an_earlier_stop(tmp_path):
     (tmp_path / "STOP").write_text("3")
     (tmp_path / "SAVE").write_text("5")

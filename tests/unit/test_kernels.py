@@ -1,192 +1,23 @@
-"""rope, attention and the choice of their backends, on the CPU.
-
-This file is also a program: `python -m unit.test_kernels FILE` computes every case of CASES with rope_triton, under
-Triton's interpreter, and saves the tensors to FILE.
-"""
+"""Attention and the choice of backends, on the CPU."""
 
 import itertools
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.triton_offline import interpret
 from torch import Tensor
 
 from megacode.kernels import dispatch, packages
 from megacode.kernels.attention import Segments, attention_torch
 from megacode.kernels.dispatch import UnservableError
 from megacode.kernels.packages import attention_flash, attention_flash_3
-from megacode.kernels.rope import inverse_frequencies, rope_torch, rope_triton
 from megacode.recipe import KernelsSection
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@dataclass(frozen=True)
-class Case:
-    """Inputs of rope, as the projections of a model give them."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype = torch.float32
-    layout: str = "plain"
-    """plain; fused: views of one projection; sequence_first: transposed views, the positions one expanded row."""
-    theta: float = 1e6
-
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k that require gradients and positions from 0 to 100,000; the same numbers in every process."""
-        generator = torch.Generator().manual_seed(0)
-        batch, sequence = 2, 5
-        widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim]
-        fused = torch.randn(batch, sequence, sum(widths), generator=generator).to(self.dtype)
-        q, k = (x.unflatten(-1, (-1, self.head_dim)) for x in fused.split(widths, dim=-1))
-        positions = torch.tensor([[0, 1, 4097, 16384, 100_000], [99_999, 7, 0, 65_537, 31_337]])
-        if self.layout == "plain":
-            q, k = q.contiguous(), k.contiguous()
-        if self.layout == "sequence_first":
-            q, k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k))
-            positions = positions[:1].expand(batch, sequence)
-        return q.detach().requires_grad_(), k.detach().requires_grad_(), positions
-
-
-CASES = {
-    "multi_head": Case(4, 4, 64),
-    "grouped": Case(8, 2, 32, theta=1e4),
-    "odd_sizes": Case(5, 3, 48),
-    "fused": Case(4, 2, 16, layout="fused"),
-    "sequence_first": Case(4, 2, 16, layout="sequence_first"),
-    "bf16": Case(4, 2, 128, torch.bfloat16),
-}
-
-
-def rotate_and_differentiate(rope, case: Case) -> dict[str, Tensor]:
-    """What `rope` makes of a case: q, k, their gradients under weights and under a sum (an expanded gradient)."""
-    q, k, positions = case.inputs()
-    q_out, k_out = rope(q, k, positions, case.theta)
-    weights = [torch.linspace(-2, 2, x.numel()).view(x.shape).to(x.dtype) for x in (q_out, k_out)]
-    grads = torch.autograd.grad((q_out, k_out), (q, k), weights, retain_graph=True)
-    (grad_of_sum,) = torch.autograd.grad(q_out.sum(), q)
-    assert q_out.is_contiguous()
-    return dict(zip(("q", "k", "grad_q", "grad_k", "grad_of_sum"), (q_out, k_out, *grads, grad_of_sum), strict=True))
-
-
-# ---- rope
-
-
-def llama_rope(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
-    """transformers' own rotation."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-
-    config = LlamaConfig(
-        hidden_size=q.shape[2] * q.shape[3],
-        num_attention_heads=q.shape[2],
-        num_key_value_heads=k.shape[2],
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-    )
-    cos, sin = LlamaRotaryEmbedding(config)(q, positions)
-    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
-
-
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
-def test_rope_torch_is_that_of_transformers(name):
-    ours, theirs = (rotate_and_differentiate(rope, CASES[name]) for rope in (rope_torch, _contiguous(llama_rope)))
-    for key, value in ours.items():
-        # The same fp32 products and sums; 1e-6 leaves room for two units in the last place of values up to 4.
-        torch.testing.assert_close(value, theirs[key], rtol=0, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
-
-
-def _contiguous(rope):
-    return lambda *arguments: tuple(x.contiguous() for x in rope(*arguments))
-
-
-def test_rope_torch_in_bf16_rounds_once():
-    q, k, positions = CASES["bf16"].inputs()
-    ours = rope_torch(q, k, positions, 1e6)
-    exact = llama_rope(q.float(), k.float(), positions, 1e6)
-    theirs = llama_rope(q, k, positions, 1e6)
-    for x, mine, right, other in zip((q, k), ours, exact, theirs, strict=True):
-        assert mine.dtype == torch.bfloat16
-        assert torch.equal(mine, right.bfloat16())
-        # transformers rounds cos, sin, each product and the sum: five relative errors of 2^-9, each of at most
-        # |first| + |second|, and ours adds one.
-        first, second = x.detach().float().abs().chunk(2, dim=-1)
-        bound = 6 * 2**-9 * torch.cat((first + second, first + second), dim=-1)
-        assert ((mine.float() - other.float()).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("position", [0, 1, 4096, 99_999, 100_000])
-def test_rope_torch_turns_unit_vectors_by_the_angle(position):
-    frequencies = inverse_frequencies(64, 1e6, CPU)
-    angles = (torch.tensor(float(position)) * frequencies).double()  # the fp32 product, in double from here
-    unit = torch.cat((torch.ones(32), torch.zeros(32))).view(1, 1, 1, 64)
-    out, _ = rope_torch(unit, unit, torch.tensor([[position]]), 1e6)
-    expected = torch.cat((angles.cos(), angles.sin()))
-    # fp32 sine and cosine with a full range reduction: within two units in the last place of 1.
-    torch.testing.assert_close(out.flatten().double(), expected, rtol=0, atol=1.2e-7)
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
-    """Every case computed by the Triton kernel in a process of its own, under the interpreter."""
-    pytest.importorskip("triton", reason="the interpreter is part of triton")
-    return interpret("unit.test_kernels", tmp_path_factory.mktemp("triton") / "interpreted.pt")
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_rope_triton_equals_its_twin(interpreted, name):
-    expected = rotate_and_differentiate(rope_torch, CASES[name])
-    # fp32: numpy's and torch's sines differ by a unit in the last place, 6e-8, times values up to 4, twice.
-    # bf16: the interpreter cuts fp32 off to bf16 where hardware rounds: up to a unit in the last place, 2^-7 relative.
-    rtol = 2**-7 if CASES[name].dtype == torch.bfloat16 else 0
-    for key, value in expected.items():
-        actual = interpreted[name][key]
-        assert actual.dtype == value.dtype
-        torch.testing.assert_close(actual, value, rtol=rtol, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
-
-
-def test_rope_triton_saves_the_positions_only(interpreted):
-    _, _, positions = CASES["fused"].inputs()
-    assert len(interpreted["saved"]) == 1
-    assert torch.equal(interpreted["saved"][0], positions)
-
-
-def test_nothing_imports_a_backend_before_it_is_used(interpreted):
-    assert interpreted["imported"] == []
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "dtype"), [(32, 32, "bf16"), (64, 8, "bf16"), (5, 5, "fp32")])
-def test_rope_triton_compiles_for_hopper(heads, kv_heads, dtype, tmp_path, monkeypatch):
-    """The real compiler, which needs no GPU: types, 16-byte accesses, and the accurate sine and cosine."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from megacode.kernels.rope import _kernel, _power_of_two
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = _kernel()
-    pointers = dict.fromkeys(("q", "k", "q_out", "k_out"), f"*{dtype}") | {"positions": "*i64", "frequencies": "*fp32"}
-    constants = {"heads": heads, "kv_heads": kv_heads, "half": 64, "half_tile": 64, "inverse": False}
-    constants |= {"heads_tile": _power_of_two(heads), "kv_heads_tile": _power_of_two(kv_heads)}
-    kinds = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if name in pointers or "q_" in name or "k_" in name
-    }
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    assert "__nv_sinf" in ptx
-    assert "sin.approx" not in ptx
-    assert "cos.approx" not in ptx
-    assert "ld.global.v4" in ptx
-    assert "st.global.v4" in ptx
 
 
 # ---- attention
@@ -471,13 +302,3 @@ def test_only_the_apex_of_nvidia_counts(package, files, expected):
     assert packages.nvidia_apex_available() is expected
     if "apex/normalization/__init__.py" not in files:
         assert "apex" not in sys.modules
-
-
-if __name__ == "__main__":
-    results: dict = {"imported": [name for name in ("triton", "flash_attn", "apex") if name in sys.modules]}
-    for label, case in CASES.items():
-        results[label] = {key: x.detach() for key, x in rotate_and_differentiate(rope_triton, case).items()}
-    results["saved"] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: results["saved"].append(x) or x, lambda x: x):
-        rope_triton(*CASES["fused"].inputs(), 1e6)
-    torch.save(results, sys.argv[1])

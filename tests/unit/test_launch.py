@@ -1,12 +1,14 @@
 """Who a process is, as each launcher says it."""
 
 import os
+import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megacode.errors import UserError
-from megacode.train.launch import Place, find_device, find_place
+from megacode.train.launch import Place, find_device, find_place, start_process_group
 
 
 @pytest.fixture
@@ -54,3 +56,28 @@ def test_the_device(environment, monkeypatch):
         find_device(Place(2, 2, 8, 8))
     environment["DS_ACCELERATOR"] = "cpu"
     assert find_device(Place(2, 2, 8, 8)) == torch.device("cpu")
+
+
+@pytest.fixture
+def taken(environment):
+    """A port of this machine that somebody listens on; it is the run's."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}
+        yield port
+
+
+def test_a_taken_port_is_a_line(taken):
+    with pytest.raises(UserError, match=rf"MASTER_PORT {taken} is in use on this machine, .*; set MASTER_PORT"):
+        start_process_group(Place(0, 0, 1, 1), torch.device("cpu"), timeout_seconds=5)
+
+
+def test_another_fault_of_the_network_is_no_mistake(taken, monkeypatch):
+    def init(*args, **kwargs):
+        raise dist.DistNetworkError("code: -13, name: EACCES")
+
+    monkeypatch.setattr(dist, "init_process_group", init)
+    with pytest.raises(dist.DistNetworkError, match="EACCES"):
+        start_process_group(Place(0, 0, 1, 1), torch.device("cpu"), timeout_seconds=5)

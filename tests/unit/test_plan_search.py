@@ -1,16 +1,19 @@
 """`megacode plan`: verdicts, the search, the written recipe, and what it never imports."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import yaml
+from support.exports import train_tokenizer
 from typer.testing import CliRunner
 
 from megacode import recipe as recipes
 from megacode.cli import app
+from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.kernels import rows
 from megacode.parallel.timeline import simulate
@@ -19,8 +22,10 @@ from megacode.plan.cost import Cost
 from megacode.plan.hardware import HARDWARE
 from megacode.plan.layout import fit
 from megacode.plan.memory import memory, recipe_job, stage_memory, worst_stage
-from megacode.plan.search import GIB, RECOMPUTE, apply, mend, search
+from megacode.plan.model import num_parameters
+from megacode.plan.search import RECOMPUTE, apply, mend, search
 from megacode.plan.shape import PART_ELEMENTS
+from megacode.plan.units import GIB, size
 
 H100 = HARDWARE["H100"]
 
@@ -170,9 +175,29 @@ def test_the_command(tmp_path, monkeypatch):
     planned = stage_memory(config, fit(config, 64))
     assert [row["total_gib"] for row in report["stages"]] == [stage.total_bytes / GIB for stage in planned]
     assert report["step_seconds"] == pytest.approx(sum(report["parts_seconds"].values()))
+    aside = run("mine.yaml", "--gpus", 64, "--memory-gib", 76, "--json", "-")
+    assert json.loads(aside.stdout)["own"] == report
+    assert aside.stderr == done.output
     small = run("mine.yaml", "--gpus", 64, "--memory-gib", 10)
     assert small.exit_code == 1
     assert small.output.startswith("does not fit: stage 0 needs ")
+
+
+def test_small_models_are_told_in_smaller_units(tmp_path):
+    """No column of zeros: MiB where nothing in a table comes to a GiB."""
+    write(tmp_path / "small.yaml", model={"preset": "nano", "vocabulary": 300}, batch={"sequence_length": 256})
+    done = run(tmp_path / "small.yaml", "--gpus", 8)
+    assert done.exit_code == 0, done.output
+    assert re.match(r"fits: stage 0 needs [\d.]+ MiB of 76 GiB\n", done.output)
+    assert "MiB of a GPU at its worst moment" in done.output
+    assert "host MiB a GPU" in done.output
+    row = next(line.split() for line in done.output.splitlines() if line.split()[:2] == ["0", "4"])
+    assert all(float(value) > 0 for value in row[4:7])
+    write(tmp_path / "big.yaml")
+    assert "GiB of a GPU at its worst moment" in run(tmp_path / "big.yaml", "--gpus", 64).output
+    assert [size(value) for value in (0, 2000, 252_000_000, 51.339 * GIB, 2**50)] == [
+        "0 B", "1.953 KiB", "240.3 MiB", "51.34 GiB", "1,024 TiB",
+    ]  # fmt: skip
 
 
 def test_the_winner_is_written_as_a_recipe(tmp_path):
@@ -191,11 +216,23 @@ def test_the_winner_is_written_as_a_recipe(tmp_path):
     assert max(stage.total_bytes for stage in stage_memory(config, fit(config, 64))) <= 76 * GIB
 
 
+def test_the_tokenizer_gives_the_vocabulary(tmp_path):
+    """Of a recipe that leaves it to the tokenizer; what is written leaves it too."""
+    base, file = tmp_path / "mine.yaml", tmp_path / "fast.yaml"
+    tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
+    config = write(base, model={"vocabulary": None}, tokenizer={"path": str(tokenizer)})
+    done = run(base, "--gpus", 64, "--write", file, "--json", tmp_path / "plan.json")
+    assert done.exit_code == 0, done.output
+    model = config.model.model_copy(update={"vocabulary": Tokenizer(tokenizer).vocabulary})
+    assert json.loads((tmp_path / "plan.json").read_text())["own"]["parameters"] == num_parameters(model)
+    assert "model" not in yaml.safe_load(file.read_text())
+
+
 def test_bad_use_is_refused_with_the_mend(tmp_path):
     base = tmp_path / "mine.yaml"
     write(base)
     for arguments, message in (
-        (["model.vocabulary=null"], r"model\.vocabulary is left to the tokenizer"),
+        (["model.vocabulary=null"], r"model\.vocabulary is left to the tokenizer and unused is not there; say it for"),
         (["--efficiency", "0"], r"--efficiency must be above 0"),
         (["--memory-gib", "-1"], r"--memory-gib must be above 0, not -1"),
         (["--memory-gib", "nan"], r"--memory-gib must be above 0, not nan"),

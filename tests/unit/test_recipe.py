@@ -107,7 +107,8 @@ def test_shipped_recipes_load():
         ("parallel.stages=[true]", r"parallel\.stages: must be even, .*; not \[True\]"),
         ("parallel.stages=[1, 3]", r"parallel: stages names 2 stages and there are pipeline x virtual_stages = 1"),
         ("parallel=3", r"parallel: is a section; give it keys of its own, not 3"),
-        ("batch.sequence_length=4096", r"batch\.sequence_length \(4096\) is beyond model\.max_positions \(2048\)"),
+        ("model={preset: nano, preset: nano}", r"nano}': the key `preset` stands twice; leave one out$"),
+        ("batch.sequence_length=4096", r"\.yaml: batch\.sequence_length \(4096\) is beyond model\.max_positions"),
         ("run", "is not key.path=value"),
         ("optimizer.learning_rate=.inf", r"optimizer\.learning_rate: .*finite number"),
         ("model.preset=[1]", r"preset \[1\] is unknown"),
@@ -145,7 +146,9 @@ def test_files_that_are_no_recipe(tmp_path, base):
         load(tmp_path / "missing.yaml")
     for text, message in (
         ("a: [", "is not YAML"),
-        ("a: 1\na: 2", "the key a comes twice"),
+        ("a: [", r"base\.yaml is not YAML: .* in line 1, column 5"),
+        ("a: 1\nb: 3\na: 2", r"base\.yaml, line 3: the key `a` stands twice, the first time in line 1; leave one out$"),
+        ("a:\n  {b: 1, c: 2,\n   b: 1}", r"base\.yaml, line 3: the key `b` stands twice, the first time in line 2"),
         ("- 1", "holds no recipe"),
         ("", "holds no recipe"),
     ):

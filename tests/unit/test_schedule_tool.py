@@ -128,7 +128,7 @@ def test_figures_by_hand():
 
 
 def test_json_has_every_operation():
-    found = json.loads(run("--pp", 4, "--microbatches", 8, "--virtual", 2, "--backward", 1.5, "--json").output)
+    found = json.loads(run("--pp", 4, "--microbatches", 8, "--virtual", 2, "--backward", 1.5, "--json", "-").stdout)
     timeline = simulate(4, 8, 2, 1.5)
     assert found["ranks"] == [
         [

@@ -15,7 +15,7 @@ from megacode.doctor.outcome import GRADIENT, WEIGHT, Outcome, combine, compare,
 from megacode.doctor.verify import Row, place, prepare, problems
 from megacode.model.layers import Slice
 from megacode.plan.cases import cases
-from megacode.tools.verify import layouts
+from megacode.tools.verify import layouts, resume
 
 NAMES = ("model.embed_tokens.weight", "model.layers.2.q.weight", "model.layers.10.q.weight")
 
@@ -251,10 +251,13 @@ DEMO = "launchers/recipes/demo.yaml"
         ([DEMO, "--layout", "zero1", "--layout", "tp4"], '--layout "tp4": model.heads (6)'),
         ([DEMO, "--layout", "dp3"], "the next one up is 12"),
         ([DEMO, "--layout", "zero1", "tokenizer.path=/nowhere/t.model"], "/nowhere/t.model"),
+        ([DEMO, "--layout", "zero1", "--resume", "--processes", 3], "3 processes can't be shared by"),
+        ([DEMO, "--resume", "--processes", 12], "global_samples"),
         (["/nowhere/my.yaml", "--layout", "zero1"], "cannot read the recipe /nowhere/my.yaml"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, message):
+def test_a_mistake_is_one_line_and_exit_code_2(run, monkeypatch, arguments, message):
+    monkeypatch.setattr(resume, "_train", None)  # no run is started
     code, lines = run(*arguments)
     assert code == 2
     assert len(lines) == 1
@@ -272,6 +275,10 @@ def test_mistakes_in_what_the_recipe_names(run, tmp_path, monkeypatch):
     monkeypatch.setattr("megacode.train.start.open_streams", lambda recipe, tokenizer: None)
     code, (line,) = run(*given, f"checkpoint.start_from={reader.folder}")
     assert (code, "model.layers is 4 and" in line) == (2, True)
+    file = tmp_path / "deepspeed.json"
+    file.write_text('{"step_per_print": 1}')
+    code, (line,) = run(*given[:2], "zero3", given[3], f"deepspeed_config={file}")
+    assert (code, line.startswith(f"error: {file}: step_per_print: unknown to DeepSpeed")) == (2, True)
     code, (line,) = run(*given, "model.hidden=60000", "model.heads=600", "model.kv_heads=600", "model.layers=100")
     assert code == 2
     assert line.endswith("are free; shrink the model with --scale")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from megacode.recipe import Recipe
 from megacode.tools.bench.contest import contest_recipe, layout_words, step_batches
 from megacode.tools.bench.ours import mesh_of, micro_batch, start_engine
 from megacode.tools.bench.processes import Team, command_line
+from megacode.tools.output import JsonFile, json_output
 
 if TYPE_CHECKING:
     from megacode.parallel.mesh import Mesh
@@ -127,7 +127,7 @@ def main(
     recipe: Annotated[Path | None, typer.Argument(help="Left out: a nano model in several layouts.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value over the recipe.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Ranks for the recipe.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Count the collectives, transfers and bytes of a step's ranks and print them beside what the formulas say.
 
@@ -142,16 +142,15 @@ def main(
         if chosen.model.vocabulary is None:
             raise UserError(f"{recipe}: set model.vocabulary: no tokenizer is read here")
         cases = [(processes, chosen)]
-    found = []
-    for world, one in cases:
-        fit(one, world)
-        team = Team(serve, (one,), world, 1, ANSWER_SECONDS)
-        ranks = team.ask("calls", 0)
-        team.stop()
-        found.append((world, one, ranks, compare_ranks(one, ranks)))
-    if as_json:
-        print(json.dumps([_as_dict(*case) for case in found], indent=1))
-    else:
+    with json_output(json_file) as write_json:
+        found = []
+        for world, one in cases:
+            fit(one, world)
+            team = Team(serve, (one,), world, 1, ANSWER_SECONDS)
+            ranks = team.ask("calls", 0)
+            team.stop()
+            found.append((world, one, ranks, compare_ranks(one, ranks)))
+        write_json([_as_dict(*case) for case in found])
         print(table(found))
     if not all(row.right for *_, ranks in found for rows in ranks for row in rows):
         raise RuntimeError("what was counted is not what the formulas say")

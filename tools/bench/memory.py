@@ -9,9 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from megacode.plan.layout import fit
 from megacode.plan.memory import stage_memory
@@ -19,6 +17,7 @@ from megacode.recipe import Recipe
 from megacode.tools.bench.contest import layout_words, step_batches
 from megacode.tools.bench.ours import mesh_of, micro_batch, start_engine
 from megacode.tools.bench.processes import Team, command_line
+from megacode.tools.output import JsonFile, json_output
 
 if TYPE_CHECKING:
     from megacode.parallel.mesh import Mesh
@@ -162,19 +161,21 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+def main(json_file: JsonFile = None) -> None:
     """Measure the live bytes of a step in every ZeRO stage and policy and in several layouts, beside the plan's.
 
     Ends with an error where the plan is more than 5 % off.
     """
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for case in CASES:
-            recipe = case_recipe(Path(folder), *case)
-            team = Team(serve, (recipe,), case[0], 1, ANSWER_SECONDS)
-            rows += compare(recipe, team.ask("live bytes", 0))
-            team.stop()
-    print(json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=1) if as_json else table(rows))
+    with json_output(json_file) as write_json:
+        with tempfile.TemporaryDirectory() as folder:
+            for case in CASES:
+                recipe = case_recipe(Path(folder), *case)
+                team = Team(serve, (recipe,), case[0], 1, ANSWER_SECONDS)
+                rows += compare(recipe, team.ask("live bytes", 0))
+                team.stop()
+        write_json([{**asdict(row), "error": row.error} for row in rows])
+        print(table(rows))
     if any(abs(row.error) > TOLERANCE for row in rows):
         raise RuntimeError(f"the plan is more than {TOLERANCE:.0%} off")
 

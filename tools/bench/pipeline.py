@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import typer
 
 from megacode.parallel.timeline import bubble_formula
 from megacode.tools.bench.processes import Figures, Span, Team, command_line, figures_of, step_seconds
+from megacode.tools.output import JsonFile, json_output
 
 SEQUENCE, HIDDEN = 256, 1024
 """Of a hidden state between stages, one sample in fp32: 1 MiB."""
@@ -138,7 +138,7 @@ def main(
     ] = None,
     forward_ms: Annotated[float, typer.Option(min=0.1, help="Of one micro-batch on a rank; a backward: twice.")] = 20.0,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each case that count.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the pipeline executor's efficiency on CPU processes and print it beside 1 - bubble.
 
@@ -147,8 +147,10 @@ def main(
 
     Example: python -m megacode.tools.bench.pipeline --pipeline 4 --steps 20
     """
-    rows = [row for size in pipeline or [2, 4] for row in measure(size, forward_ms / 1000, steps)]
-    print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) if as_json else table(rows))
+    with json_output(json_file) as write_json:
+        rows = [row for size in pipeline or [2, 4] for row in measure(size, forward_ms / 1000, steps)]
+        write_json([dataclasses.asdict(row) for row in rows])
+        print(table(rows))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from megacode.tools.bench.busy import KERNELS, Kernel, make_busy
 from megacode.tools.bench.contest import check_losses, contest_recipe, layout_words, step_batches
 from megacode.tools.bench.ours import mesh_of, micro_batch, start_engine
 from megacode.tools.bench.processes import Figures, Span, Team, command_line, figures_of, step_seconds
+from megacode.tools.output import JsonFile, json_output
 
 SAMPLES = 16
 """Of a step, over all processes."""
@@ -227,7 +227,7 @@ def main(
     ] = None,
     block_ms: Annotated[float, typer.Option(min=0.1, help="A block's forward of a sample; a backward: twice.")] = 30.0,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each layout that count.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure how a training step of fixed size scales over data, tensor and context ranks on CPU processes.
 
@@ -240,8 +240,10 @@ def main(
     for size in sizes:
         if size not in (2, 4, 8):
             raise UserError(f"--processes {size}: the step is shared by 2, 4 or 8")
-    rows = measure([1, *sorted(set(sizes))], block_ms / 1000, steps)
-    print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) if as_json else table(rows))
+    with json_output(json_file) as write_json:
+        rows = measure([1, *sorted(set(sizes))], block_ms / 1000, steps)
+        write_json([dataclasses.asdict(row) for row in rows])
+        print(table(rows))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from megacode.recipe import Recipe
 from megacode.tools.bench import ours, overhead, peers
 from megacode.tools.bench.contest import SHAPES, Step, check_losses, contest_recipe
 from megacode.tools.bench.processes import Memory, Team, command_line, contestant
+from megacode.tools.output import JsonFile, json_output
 
 COMPARED_STEPS = 3
 OVERHEAD_REPETITIONS = 10
@@ -75,7 +75,7 @@ def main(
     processes: Annotated[int, typer.Option(min=2, help="Data ranks of the sharded contestants.")] = 2,
     micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches of a step on each of the ranks.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are measured, after one to warm up.")] = 6,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Train the same model on the same tokens with megacode, with DeepSpeed ZeRO-3 and with FSDP2 on CPU processes.
 
@@ -88,17 +88,16 @@ def main(
     shapes = shape or ["micro", "mini"]
     for name in shapes:
         contest_recipe(name, micro_batches, {}, processes)
-    rows = [row for name in shapes for row in compare(name, processes, micro_batches, steps)]
-    _progress("overhead")
-    team = Team(overhead.serve, (), 1, 1, ANSWER_SECONDS)
-    costs = team.ask("overheads", OVERHEAD_REPETITIONS)[0]
-    team.stop()
-    if as_json:
-        print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], "overhead_ms": costs}, indent=1))
-        return
-    print(table(rows))
-    print()
-    print(overhead_table(costs))
+    with json_output(json_file) as write_json:
+        rows = [row for name in shapes for row in compare(name, processes, micro_batches, steps)]
+        _progress("overhead")
+        team = Team(overhead.serve, (), 1, 1, ANSWER_SECONDS)
+        costs = team.ask("overheads", OVERHEAD_REPETITIONS)[0]
+        team.stop()
+        write_json({"rows": [dataclasses.asdict(row) for row in rows], "overhead_ms": costs})
+        print(table(rows))
+        print()
+        print(overhead_table(costs))
 
 
 @dataclass

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from megacode.plan import units
 from megacode.tools.drawing import LEFT, RIGHT, Series, axes_of, compact, escape, line_chart, swatch, tag
 
 MOST_ROWS = 200
@@ -135,13 +136,7 @@ def duration(seconds: float | None) -> str:
 
 def size(num_bytes: float | None) -> str:
     """Bytes in binary units."""
-    if num_bytes is None:
-        return "\N{EN DASH}"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.4g} TiB"
+    return "\N{EN DASH}" if num_bytes is None else units.size(num_bytes)
 
 
 def moment(unix_time: float | None) -> str:

@@ -1,6 +1,5 @@
 """`megacode verify`: does a recipe train as it should? Stopped and resumed, and in any layout."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 from megacode.errors import UserError
 from megacode.plan.words import KNOWN
 from megacode.recipe import load
+from megacode.tools.output import JsonFile, json_output
 
 
 def verify(
@@ -24,7 +24,7 @@ def verify(
         int | None, typer.Option(help="--resume: of this machine; left out, tensor x pipeline x context.", min=1)
     ] = None,
     scale: Annotated[float, typer.Option(help="Make the model so many times narrower and shallower.", min=1)] = 1.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     """Check on this machine that a recipe trains as it should; exit code 1 where it does not.
 
@@ -42,24 +42,20 @@ def verify(
     Example: megacode verify --resume launchers/recipes/demo.yaml --processes 8
     """
     from megacode.tools.verify.layouts import verify_layouts
-    from megacode.tools.verify.resume import verify_resume
+    from megacode.tools.verify.resume import check_resume, verify_resume
 
     if not (layout or resume):
         raise UserError('say what to verify: --layout "tp2 pp2", --resume, or both')
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"--json: {json_file.parent} is no folder; make it, or name another file")
     config = load(recipe, overrides)
+    count = check_resume(config, scale, processes) if resume else 0
     results: dict[str, Any] = {}
     good = True
-    if layout:
-        results["layouts"] = verify_layouts(config, layout, scale, steps)
-        good = all(row["ok"] for row in results["layouts"]["rows"])
-    if resume:
-        results["resume"] = verify_resume(recipe, overrides or [], config, scale, processes, steps, more)
-        good = good and not results["resume"]["differences"]
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json: cannot write {json_file}: {error.strerror}") from None
+    with json_output(json_file) as write_json:
+        if layout:
+            results["layouts"] = verify_layouts(config, layout, scale, steps)
+            good = all(row["ok"] for row in results["layouts"]["rows"])
+        if resume:
+            results["resume"] = verify_resume(recipe, overrides or [], config, scale, count, steps, more)
+            good = good and not results["resume"]["differences"]
+        write_json(results)
     raise typer.Exit(0 if good else 1)

@@ -14,25 +14,44 @@ import typer
 
 from megacode.errors import UserError
 from megacode.plan.cases import shrunk
+from megacode.plan.layout import fit
 from megacode.plan.words import LayoutWords
 from megacode.recipe import Recipe
 
 FIGURES = ("loss", "grad_norm", "learning_rate", "tokens")
 
 
-def verify_resume(
-    recipe: Path, overrides: list[str], config: Recipe, scale: float, processes: int | None, steps: int, more: int
-) -> dict[str, Any]:
-    """Train straight, and with a stop; what differs, and how many files of the checkpoint there are."""
+def check_resume(config: Recipe, scale: float, processes: int | None) -> int:
+    """The number of processes.
+
+    Raises:
+        UserError: they can't share the recipe; said before any work.
+    """
     parallel = config.parallel
     count = processes or parallel.tensor * parallel.pipeline * parallel.context
+    fit(shrunk(config, scale, [LayoutWords(parallel)]), count)
+    return count
+
+
+def verify_resume(
+    recipe: Path, overrides: list[str], config: Recipe, scale: float, count: int, steps: int, more: int
+) -> dict[str, Any]:
+    """Train in `count` processes, straight and with a stop; what differs, and how many files a checkpoint has.
+
+    Raises:
+        UserError: training refuses the recipe.
+    """
     parent = Path(config.run).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{Path(config.run).name}.verify.", dir=parent))
     straight, stopped = folder / "straight", folder / "stopped"
     command = _command(recipe, [*overrides, *_smaller(config, scale)], config, count, steps + more)
     print(f"{steps + more} steps without a stop", flush=True)
-    _train(command, straight, "finished")
+    try:
+        _train(command, straight, "finished")
+    except UserError:
+        shutil.rmtree(folder)
+        raise
     print(f"{steps} steps, and a stop", flush=True)
     stopped.mkdir()
     (stopped / "STOP").write_text(str(steps), encoding="utf-8")
@@ -73,6 +92,7 @@ def _command(recipe: Path, overrides: list[str], config: Recipe, processes: int,
         "logging.validate_every_steps": steps,
         "logging.wandb": "null",
         "logging.tensorboard": "false",
+        "logging.profile_steps": "[]",
     }
     changes = [*overrides, *(f"{key}={value}" for key, value in short.items())]
     return [sys.executable, *launcher, *place, "-m", "megacode.train", str(recipe), *changes]
