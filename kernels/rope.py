@@ -104,10 +104,11 @@ def _heads(x: Tensor, frequencies: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2 * len(frequencies)))
 
 
-_BLOCK = 2**20
-"""Elements that `_turn_torch` takes at a time: what is made of them stays in caches, in pages that were used before.
+_BLOCK = 2**19
+"""Elements that `_turn_torch` takes at a time.
 
-Much smaller ones would gain nothing, and at the end of each operation the threads wait for one another.
+What is made of them stays in caches, and is not memory that is new to the process each time. Far fewer at a time would
+gain nothing: each operation ends with threads that wait for one another.
 """
 
 
@@ -136,8 +137,9 @@ _TILE, _HEADS, _WARPS = 1024, 16, 4
 A thread computes the sines and cosines of its 8 pairs, keeps them for all heads, and no other thread of the program
 computes them again. Compiled for Hopper, full-range sine and cosine with all that precedes them are 74 instructions a
 pair (up to angles of 105,615; above, about four times as many), and a rotation is 13.5. With 64 heads of 128, a token
-has 4,096 pairs and, at 16 heads a program, 4 times 64 angles: 74,000 instructions. Its 32 KB take an H200's 4.3 TB/s
-1,760 cycles of one processor's share, in each of which that begins 128: the arithmetic takes a third of the time.
+has 4,096 pairs and, at 16 heads a program, 4 times 64 angles: 74,000 instructions. An H200's 4.3 TB/s are 18.6 bytes a
+cycle for each of its processors, which begin 128 instructions in it: a token's 32 KB take 1,760 cycles, in which they
+could begin 225,000.
 
 A load takes about 0.8 us under load, in which each of the 132 processors must have 4.3 TB/s * 0.8 us / 132, so 26 KB,
 on their way, reads and writes together. In bf16 a thread takes 64 registers and has two 16-byte loads in flight, the

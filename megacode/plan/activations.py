@@ -24,7 +24,7 @@ def activation_bytes(job: Job, layers: int = 1) -> float:
 def sharing(job: Job, shared: Shared) -> int:
     """How many tensor ranks share a tensor."""
     tensor = job.layout.tensor
-    return {"tensor": tensor, "sequence": tensor if job.sequence_parallel else 1, "never": 1}[shared]
+    return {"tensor": tensor, "sequence": tensor if job.sequence_parallel else 1}[shared]
 
 
 def stream_bytes(job: Job) -> float:

@@ -9,9 +9,9 @@ from typing import Literal
 
 from megacode.recipe import ModelSection, Recompute
 
-Shared = Literal["tensor", "sequence", "never"]
-"""How tensor ranks share a tensor: by heads or features; along the sequence, where there is sequence parallelism and
-else not; or not at all."""
+Shared = Literal["tensor", "sequence"]
+"""How tensor ranks share a tensor: by heads or features; or along the sequence, where there is sequence parallelism and
+else not."""
 
 NONE_AND_SELECTIVE: tuple[Recompute, ...] = ("none", "selective")
 PART_ELEMENTS = 2**18
@@ -138,7 +138,7 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
 
     What backward keeps, per token, with w bytes an element (h hidden, k kv_heads * head_dim, f ffn, a heads):
     a norm keeps its input, a float, and its output for the maps behind it; the first norm's input is the block's own,
-    the second's the residual sum. Attention keeps q, k, v, its output and a float a head; RoPE cos and sin; SwiGLU gate
+    the second's the residual sum. Attention keeps q, k, v, its output and a float a head; SwiGLU gate
     and up, and their product for the map behind it. Context ranks keep the output of attention twice: by segment, and
     joined (one kernel for all segments has it once). They keep their own k and v, except where full recomputation has
     run a block again: those of the whole sequence.
@@ -160,7 +160,6 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
         Saved("q, attention output", w * h * (1 + outputs), "tensor"),
         Saved("k, v", 2 * w * k, "tensor"),
         Saved("attention's log-sum-exp", 4 * model.heads, "tensor"),
-        Saved("cos, sin", 4 * model.head_dim, "never"),
         Saved("gate, up", w * 2 * f, "tensor"),
         Saved("their product", w * f, "tensor", ("none",)),
         Saved("block input", w * h, "sequence", ("full",)),
@@ -237,8 +236,8 @@ def _context_moments(w: int, h: int, k: int, f: int, context: int) -> tuple[Mome
     these, of q and of the output, one copy of which is gone as well.
 
     Full recomputation has these keys and values already. It has another moment before, when it gathers them in the
-    forward that it runs again: there are those of all ranks, the rank's own, before and after rotation and as one
-    tensor, and q before rotation; but no outputs yet.
+    forward that it runs again: there are those of all ranks, the rank's own, and these as one tensor; but no outputs
+    yet.
     """
     met, stream = _met(w, k, context), w * h
     none, selective = stream - 2 * w * h, stream - w * h
