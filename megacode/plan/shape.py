@@ -15,7 +15,9 @@ else not."""
 
 NONE_AND_SELECTIVE: tuple[Recompute, ...] = ("none", "selective")
 PART_ELEMENTS = 2**18
-"""The most elements that the kernels of plain torch work on at once (kernels/rows.py); Triton's have no temporaries."""
+"""The most elements that norms and SwiGLU in plain torch take at once (kernels/rows.py); Triton has no temporaries."""
+LOSS_PART_ELEMENTS = 2**17
+"""The most logits of which the loss in plain torch has fp32 copies at once (kernels/cross_entropy.py)."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,9 @@ class Shape:
     """Whether the head is the embedding's matrix (one copy on the first and one on the last stage)."""
     megatron: bool = False
     """Whether it runs as in Megatron-LM: matmuls add weights' gradients to the fp32 sums themselves, tensor ranks send
-    each their share of a hidden state to the next stage, gradients are reduce-scattered. Ours takes a pass, sends all
-    of it from each, and all-reduces gradients below ZeRO-3, as DeepSpeed does."""
+    each their share of a hidden state to the next stage, gradients are reduce-scattered, the loss works on fp32 copies
+    of the logits. Ours takes a pass, sends all of it from each, all-reduces gradients below ZeRO-3, as DeepSpeed does,
+    and writes the loss's gradient over the logits."""
 
     @property
     def parameters(self) -> int:
@@ -138,10 +141,10 @@ def llama(model: ModelSection, sequence: int, precision: Literal["bf16", "fp32"]
 
     What backward keeps, per token, with w bytes an element (h hidden, k kv_heads * head_dim, f ffn, a heads):
     a norm keeps its input, a float, and its output for the maps behind it; the first norm's input is the block's own,
-    the second's the residual sum. Attention keeps q, k, v, its output and a float a head; SwiGLU gate
-    and up, and their product for the map behind it. Context ranks keep the output of attention twice: by segment, and
-    joined (one kernel for all segments has it once). They keep their own k and v, except where full recomputation has
-    run a block again: those of the whole sequence.
+    the second's the residual sum. Attention keeps q, k, v, its output and a float a head; SwiGLU gate and up, and their
+    product for the map behind it. Context ranks keep the output of attention twice: by segment, and joined (one kernel
+    for all segments has it once). They keep their own k and v, except where full recomputation has run a block again:
+    those of the whole sequence.
 
     Args:
         model: with its vocabulary filled in.
@@ -241,7 +244,7 @@ def _context_moments(w: int, h: int, k: int, f: int, context: int) -> tuple[Mome
     """
     met, stream = _met(w, k, context), w * h
     none, selective = stream - 2 * w * h, stream - w * h
-    gathered = 2 * w * k * context + w * (h + 5 * k) - 2 * w * h
+    gathered = 2 * w * k * context + 4 * w * k - 2 * w * h
     return (
         Moment("attention", 2 * met + w * h - 3 * w * f, none, recompute=("none",)),
         Moment("attention", 2 * met + w * h - 2 * w * f, selective, recompute=("selective",)),
