@@ -87,8 +87,8 @@ def layer_exchanges(job: Job, direction: Pass) -> list[Exchange]:
 def end_exchanges(job: Job, first: bool, last: bool, backward: bool) -> list[Exchange]:
     """What tensor ranks exchange in one micro-batch's pass through embedding, head and loss, where a rank has them.
 
-    The embedding's sum, the gradient of the head's input, and of the loss two all-reduces in fp32: of a token's
-    maximum, and of two sums.
+    The embedding's sum, the gradient of the head's input, and of the loss two all-reduces in fp32: a maximum of
+    two numbers a token, and a sum of one.
     """
     found = []
     if first:

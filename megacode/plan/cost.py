@@ -129,13 +129,21 @@ class Cost:
         rows = shape.vocabulary / layout.tensor
         if last:
             flops = 2 * tokens * rows * shape.hidden * (2 if backward else 1)
-            # logits and their fp32 copies: written, normalised, read; see docs/plan.md
-            traffic = tokens * rows * (20 + 2 * shape.element_bytes)
+            traffic = tokens * rows * self._loss_bytes(backward)
             total += Seconds(matmul=flops / self._matmul_speed, memory=traffic / self._memory)
         total += self._tensor_seconds(communication.end_exchanges(job, first, last, backward))
         if backward:
             total += Seconds(memory=job.parameters(rank) * self._accumulate_bytes / self._memory)
         return total + Seconds(pipeline=self._transfer_seconds() * layout.virtual_stages)
+
+    def _loss_bytes(self, backward: bool) -> int:
+        """Per logit: what the loss reads and writes."""
+        w = self.job.shape.element_bytes
+        if self.job.shape.megatron:
+            return 20 + 2 * w  # logits and their fp32 copies: written, normalised, read
+        if backward:
+            return 0  # forward has left the gradient in the logits
+        return 2 * w if self.job.layout.tensor == 1 else 3 * w  # among ranks the sums come before any gradient
 
     @property
     def _accumulate_bytes(self) -> int:

@@ -22,7 +22,7 @@ from megacode.plan.activations import (
 )
 from megacode.plan.job import Job, Offload
 from megacode.plan.layout import Layout, vocabulary_rows
-from megacode.plan.shape import llama
+from megacode.plan.shape import LOSS_PART_ELEMENTS, llama
 from megacode.recipe import Recipe
 
 SUB_GROUP_ELEMENTS = 10**9
@@ -50,7 +50,7 @@ class StageMemory:
     activations_bytes: int
     """What forwards keep for their backwards, without the logits, and the temporaries of one block's backward."""
     logits_bytes: int
-    """Logits of one micro-batch with their fp32 copies and gradients."""
+    """Logits of one micro-batch, which become their gradient."""
     buffers_bytes: int
     """DeepSpeed's buckets, hidden states on their way to other stages."""
     host_bytes: int
@@ -149,7 +149,7 @@ def _static(job: Job, rank: int) -> StageMemory:
 
 
 def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMemory:
-    """At one forward or backward: of a backward, the worst of its loss, its head, its last norm and its first block."""
+    """At one forward or backward: of a backward, the worst of its head, its last norm and its first block."""
     layout, w = job.layout, job.shape.element_bytes
     last_chunk = rank == layout.pipeline - 1 and load.chunk == layout.virtual_stages - 1
     kept, sent = _kept(job, rank, load)
@@ -162,11 +162,9 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
         activations_bytes=int(kept),
         buffers_bytes=int(static.buffers_bytes + sent),
     )
-    logits = job.local_tokens * job.shape.vocabulary / layout.tensor
+    logits = job.local_tokens * job.vocabulary_rows if last_chunk else 0
     if load.kind == "forward":
-        return replace(common, logits_bytes=int(logits * (8 if w == 4 else 10)) if last_chunk else 0)
-    # Softmax kept, its copy or gradient, and (ours split: bf16, plain: fp32) what becomes the logits' gradient.
-    loss = replace(common, logits_bytes=int((12 if layout.tensor == 1 else 8 if w == 4 else 10) * logits))
+        return replace(common, logits_bytes=w * logits + 4 * min(logits, LOSS_PART_ELEMENTS))
     bucket = w * job.bucket_elements if job.contiguous_gradients and job.reduce == "microbatch" and job.zero < 3 else 0
     bucket *= 1 + job.overlap_comm  # from the first gradient on
 
@@ -183,7 +181,6 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
     moments = [at(activations - done, weights) for activations, weights in block_moments(job)]
     moments.append(_first_bucket(job, rank, max(moments, key=lambda stage: stage.total_bytes), last_chunk))
     if last_chunk:
-        moments.append(loss)
         moments.append(at(copies_bytes(job, HEAD_COPIES), job.vocabulary_rows * job.shape.hidden, w * logits))
         moments.append(at(moment_bytes(job, job.shape.last_norm_moment)))
     return max(moments, key=lambda stage: stage.total_bytes)
@@ -226,11 +223,21 @@ def _kept(job: Job, rank: int, load: Load) -> tuple[float, float]:
 
 def _running_gradients(job: Job, rank: int, load: Load) -> float:
     """Gradients of the micro-batches whose backwards are done, beyond what lies there between steps."""
-    count, data = job.parameters(rank), job.layout.zero_size
     started = sum(done > 0 for done in load.backwards) / len(load.backwards)
     if job.reduce == "step":
-        return 4.0 * count * started
-    return 4.0 * count / data * started if job.zero < 3 and job.offload == "none" else 0.0
+        return 4.0 * job.parameters(rank) * started
+    return 4.0 * _summed(job, rank) * started if job.zero < 3 and job.offload == "none" else 0.0
+
+
+def _summed(job: Job, rank: int) -> float:
+    """Elements of the partition's sum of gradients, ZeRO-2 with `reduce: microbatch`.
+
+    In fp32 it is made of whole gradients, also of the parameters that the partition's two ends cut: on average as much
+    beyond the ends as one parameter has.
+    """
+    data = job.layout.zero_size
+    cut = job.shape.largest_matrix / job.layout.tensor if job.shape.element_bytes == 4 and data > 1 else 0.0
+    return job.parameters(rank) / data + cut
 
 
 def _first_bucket(job: Job, rank: int, inside: StageMemory, last_chunk: bool) -> StageMemory:
@@ -247,7 +254,7 @@ def _first_bucket(job: Job, rank: int, inside: StageMemory, last_chunk: bool) ->
     return replace(
         inside,
         activations_bytes=int(inside.activations_bytes - released),
-        gradients_bytes=int(inside.gradients_bytes + 4 * job.parameters(rank) / job.layout.zero_size),
+        gradients_bytes=int(inside.gradients_bytes + 4 * _summed(job, rank)),
     )
 
 

@@ -15,7 +15,9 @@ else not."""
 
 NONE_AND_SELECTIVE: tuple[Recompute, ...] = ("none", "selective")
 PART_ELEMENTS = 2**18
-"""The most elements that the kernels of plain torch work on at once (kernels/rows.py); Triton's have no temporaries."""
+"""The most elements that norms and SwiGLU in plain torch take at once (kernels/rows.py); Triton has no temporaries."""
+LOSS_PART_ELEMENTS = 2**17
+"""The most logits of which the loss in plain torch has fp32 copies at once (kernels/cross_entropy.py)."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,9 @@ class Shape:
     """Whether the head is the embedding's matrix (one copy on the first and one on the last stage)."""
     megatron: bool = False
     """Whether it runs as in Megatron-LM: matmuls add weights' gradients to the fp32 sums themselves, tensor ranks send
-    each their share of a hidden state to the next stage, gradients are reduce-scattered. Ours takes a pass, sends all
-    of it from each, and all-reduces gradients below ZeRO-3, as DeepSpeed does."""
+    each their share of a hidden state to the next stage, gradients are reduce-scattered, the loss works on fp32 copies
+    of the logits. Ours takes a pass, sends all of it from each, all-reduces gradients below ZeRO-3, as DeepSpeed does,
+    and writes the loss's gradient over the logits."""
 
     @property
     def parameters(self) -> int:
