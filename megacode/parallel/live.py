@@ -1,6 +1,7 @@
 """How many bytes of tensors are alive on this rank, and the most there ever were. Training does not import this."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,13 +65,17 @@ def uncounted_on_cpu(dtype: torch.dtype) -> Iterator[None]:
             return torch.zeros(queries, keys, dtype=dtype).masked_fill(hidden, float("-inf"))
 
     def uncounted(collective: Callable[..., Any]) -> Callable[..., Any]:
-        def run(output: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+        signature = inspect.signature(collective)
+        written, read = list(signature.parameters)[:2]
+
+        def run(*args: Any, **kwargs: Any) -> Any:  # DeepSpeed gives names
+            values = signature.bind(*args, **kwargs).arguments
             with _disable_current_modes():
-                if kwargs.get("async_op"):
-                    return collective(output, given, *args, **kwargs)
-                copy = torch.empty_like(output)
-                collective(copy, given.clone(), *args, **kwargs)
-                output.copy_(copy)
+                if values.get("async_op"):
+                    return collective(**values)
+                copy = torch.empty_like(values[written])
+                collective(**{**values, written: copy, read: values[read].clone()})
+                values[written].copy_(copy)
             return None
 
         return run
