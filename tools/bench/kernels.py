@@ -68,12 +68,11 @@ def main(
     """
     import torch
 
-    from megacode.kernels.dispatch import TABLE
     from megacode.tools.bench import kernel_cases
 
-    unknown = [name for name in operation or [] if name not in TABLE]
+    unknown = [name for name in operation or [] if name not in kernel_cases.OPERATIONS]
     if unknown:
-        raise UserError(f"--operation {unknown[0]} is unknown; known are {', '.join(TABLE)}")
+        raise UserError(f"--operation {unknown[0]} is unknown; known are {', '.join(kernel_cases.OPERATIONS)}")
     if device not in ("cuda", "cpu") or precision not in ("bf16", "fp32"):
         raise UserError("--device is cuda or cpu, --precision bf16 or fp32")
     if device == "cuda" and not torch.cuda.is_available():
@@ -105,12 +104,16 @@ def measure(case: Case, ceilings: Ceilings) -> list[Row]:
     from megacode.kernels.dispatch import TABLE, choose
     from megacode.tools.bench.kernel_cases import subjects
 
-    exact = _results(case, TABLE[case.operation]["torch"].function, wide=True)
-    chosen, rows = choose(case.operation, case.task).name, []
+    exact, rows = _results(case, case.exact, wide=True), []
+    chosen = choose(case.operation, case.task).name if case.operation in TABLE else None
     for name, function in subjects(case).items():
         try:
-            note = function if isinstance(function, str) else _wrong(case, function, exact)
-            times = {} if note or isinstance(function, str) else _times(case, function)
+            times = {}
+            if isinstance(function, str):
+                note = function
+            elif not (note := "" if name == "products" else _wrong(case, function, exact)):  # which are no loss
+                times = _times(case, function)
+                note = _weight(case, function) if case.weighed else ""
         except Exception as error:  # a rival that fails is a finding, not the end of the run
             note, times = f"fails: {' '.join(str(error).split())[:200]}", {}
         rows += [_row(case, name, way, times.get(way), ceilings, name == chosen, note) for way in _ways(case)]
@@ -153,6 +156,24 @@ def _times(case: Case, function: Function) -> dict[str, float]:
     gradients = [torch.randn_like(x) for x in outputs]
     backward = timed(lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True), device)
     return {"forward": forward, "backward": backward}
+
+
+def _weight(case: Case, function: Function) -> str:
+    """What a call takes at its peak beyond its arguments, on CUDA, beside the bytes of whole logits."""
+    import torch
+
+    if case.task.device.type != "cuda":
+        return "peak memory: on CUDA only"
+    arguments = case.arguments()
+    edges = _edges(arguments)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function(*arguments)
+    torch.autograd.grad(result, edges, torch.ones_like(result))
+    peak = torch.cuda.max_memory_allocated() - before
+    gradients = sum(x.nbytes for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad)
+    logits = arguments[0].shape[0] * arguments[1].shape[0] * case.task.dtype.itemsize
+    return f"peak {peak / 2**20:.0f} MiB, gradients {gradients / 2**20:.0f}, whole logits {logits / 2**20:.0f}"
 
 
 def timed(function: Callable[[], Any], device: torch.device, repetitions: int = 10) -> float:
@@ -235,7 +256,7 @@ def _line(row: Row) -> str:
     assert row.rate is not None
     assert row.share is not None
     rate = _rate(row.rate, row.unit)
-    return f"{head} {row.milliseconds:9.3f} ms {rate} {row.share:4.0%}{'  auto' * row.chosen}"
+    return f"{head} {row.milliseconds:9.3f} ms {rate} {row.share:4.0%}{'  auto' * row.chosen}  {row.note}".rstrip()
 
 
 def _rate(rate: float, unit: str) -> str:
