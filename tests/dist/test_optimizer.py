@@ -51,7 +51,7 @@ def test_deepspeeds_leaves_bad_steps_out(worlds, file):
 
 def test_the_benchmark_of_steps_has_torchs_three(monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")  # DeepSpeed's would be compiled
-    command = [sys.executable, "-m", "megacode.tools.bench.optimizer", "--parameters", "1000", "--steps", "2", "--json"]
+    command = [sys.executable, "-m", "megacode.tools.bench.optimizer", "--parameters", "1000", "--steps", "2", "--json", "-"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["milliseconds"]

@@ -77,7 +77,9 @@ def test_a_block_is_fetched_at_once(worlds):
     whole, parts = (max(worlds(2).run(fetches, config, without)) for without in ((), ("gather_whole",)))
     # Forward and backward of 4 micro-batches fetch: the chunks, the model, the backbone, embedding, 4 blocks, norm, head.
     assert whole == 2 * 4 * (6 + 4)
-    assert parts == 2 * 4 * (6 + 4 * 7)  # column-parallel maps are not called as modules
+    # Column-parallel maps and the second norm are not called as modules; the feed-forward has two outputs, and each
+    # asks in backward.
+    assert parts == 4 * (2 * 6 + 4 * (6 + 7))
 
 
 def test_zero_init_shards_over_the_data_group(worlds):
