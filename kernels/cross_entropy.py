@@ -4,7 +4,7 @@ loss = log(sum of exp(logit - top)) - (logit of the label - top), top the larges
 The gradient, factor * (softmax - 1 at the label), is written over the logits while the loss is made.
 
 Costs a token of V local bf16 logits, besides some 20 bytes: alone 4 * V bytes of memory (read and written once; in
-between the row is read again, out of the L2 cache) and about 25 * V FLOPs, two exponentials per logit among them: bound
+between the row is read again, out of the caches) and about 25 * V FLOPs, two exponentials per logit among them: bound
 by memory. Among ranks 6 * V, since all must have read before one can write, with one maximum of two fp32 numbers a
 token and one sum of one over the ranks. Without a gradient 2 * V. What is kept for backward is the gradient alone.
 """
@@ -121,7 +121,9 @@ def _apply(
     logits = _dense(logits)
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return by.losses(logits[:, :columns], labels, start, ranks, None)
-    expected = logits.new_ones((), dtype=torch.float32) if expected is None else expected
+    expected = logits.new_ones((), dtype=torch.float32) if expected is None else expected.detach()
+    assert expected.dtype == torch.float32, expected.dtype
+    assert expected.device == logits.device, (expected.device, logits.device)
     return _CrossEntropy.apply(logits, by, labels, start, ranks, expected.expand(labels.shape), columns)
 
 

@@ -35,11 +35,17 @@ def places(first: tl.tensor, width: tl.constexpr, tile: tl.constexpr) -> tl.tens
 
 @device
 def statistics(
-    row: tl.tensor, columns: tl.tensor, local: tl.tensor, width: tl.constexpr, tile: tl.constexpr
+    row: tl.tensor,
+    columns: tl.tensor,
+    local: tl.tensor,
+    width: tl.constexpr,
+    tile: tl.constexpr,
+    eviction: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """A row's largest logit, its sum of exp(logit - largest) and the logit of column `local`: -inf if it has none.
 
-    One pass, in which a new maximum scales the sum so far (Milakov and Gimelshein 2018).
+    One pass, in which a new maximum scales the sum so far (Milakov and Gimelshein 2018). `eviction`: how soon what was
+    read may leave the caches.
     """
     groups = columns // width
     largest = tl.full([tile], LOWEST, tl.float32)
@@ -47,8 +53,7 @@ def statistics(
     for first in range(0, groups, tile):
         inside = (first + tl.arange(0, tile) < groups)[:, None]
         place = row + places(first, width, tile)
-        # Kept in the L2 cache above all else: `slopes` reads it again.
-        x = tl.load(place, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        x = tl.load(place, mask=inside, other=float("-inf"), eviction_policy=eviction).to(tl.float32)
         higher = tl.maximum(largest, tl.max(x, axis=1))
         total = total * tl.exp(largest - higher) + tl.sum(tl.exp(x - higher[:, None]), axis=1)
         largest = higher
@@ -127,7 +132,9 @@ def forward(
     label = tl.load(labels + token)
     if label != IGNORE:
         local = label - start
-        top, total, target = statistics(row, columns, local, width, tile)
+        # Where the gradient follows at once, the row is wanted again: before any that other programs have done with.
+        eviction: tl.constexpr = "evict_first" if factors is None else "evict_last"
+        top, total, target = statistics(row, columns, local, width, tile, eviction)
         if losses is None:
             tl.store(tops + token, top)
             tl.store(tops + tokens + token, target)

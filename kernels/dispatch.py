@@ -69,6 +69,17 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True)
+class Row:
+    """A line of `explain`."""
+
+    backend: str
+    chosen: bool
+    """Whether `auto` takes it."""
+    refusal: str | None
+    """Why it cannot serve; None where it can."""
+
+
 def _not_on_cuda(task: Task) -> str | None:
     return None if task.device.type == "cuda" else f"it needs a CUDA device and this one is {task.device.type}"
 
@@ -148,9 +159,11 @@ def _slow_before_hopper(task: Task) -> str | None:
     return before or _call_a_segment(task)
 
 
-# Operation -> backends in the order in which `auto` prefers them. The last one is plain torch and serves everywhere.
-# The order on GPUs follows published figures (docs/benchmarks.md), not yet our own.
-TABLE: dict[str, dict[str, Backend]] = {
+Table = dict[str, dict[str, Backend]]
+"""Operation -> backends in the order in which `auto` prefers them; one of them serves everywhere, without drawback."""
+
+# The last one is plain torch. The order on GPUs follows published figures (docs/benchmarks.md), not yet our own.
+TABLE: Table = {
     "attention": {
         "flash_attn_3": Backend(_flash_attn_3, packages.attention_flash_3),
         "cudnn": Backend(_sdpa_cudnn, attention_cudnn, _slow_before_hopper),
@@ -187,15 +200,15 @@ TABLE: dict[str, dict[str, Backend]] = {
 }
 
 
-def choose(operation: str, task: Task, backend: str = "auto") -> Choice:
-    """The function that computes `operation` for a task.
+def choose(operation: str, task: Task, backend: str = "auto", table: Table = TABLE) -> Choice:
+    """The function that computes `operation` for a task; `table`: of other operations than the kernels'.
 
     `auto` takes the first of the table that serves and has no drawback; its reason says what the ones before it lack.
     UnservableError when a backend asked for by name does not exist or cannot serve.
     """
-    backends = TABLE[operation]
+    backends = table[operation]
     if backend != "auto":
-        return _forced(operation, backend, task)
+        return _forced(operation, backends, backend, task)
     passed_over: dict[str, list[str]] = {}
     for name, candidate in backends.items():
         against = candidate.refusal(task) or candidate.drawback(task)
@@ -203,11 +216,10 @@ def choose(operation: str, task: Task, backend: str = "auto") -> Choice:
             reasons = "; ".join(f"not {', '.join(names)}: {reason}" for reason, names in passed_over.items())
             return Choice(name, candidate.function, reasons or "the preferred one")
         passed_over.setdefault(against, []).append(name)
-    raise AssertionError(f"{operation}: the last backend of the table must serve everywhere")
+    raise AssertionError(f"{operation}: a backend of the table must serve everywhere")
 
 
-def _forced(operation: str, backend: str, task: Task) -> Choice:
-    backends = TABLE[operation]
+def _forced(operation: str, backends: dict[str, Backend], backend: str, task: Task) -> Choice:
     if backend not in backends:
         raise UnservableError(f"{operation} has no backend '{backend}': take one of auto, {', '.join(backends)}")
     refusal = backends[backend].refusal(task)
@@ -225,3 +237,9 @@ def choose_all(task: Task, backends: Mapping[str, str] | None = None) -> dict[st
     forced = dict(backends or {})
     forced["add_rms_norm"] = forced.get("rms_norm", "auto")
     return {operation: choose(operation, task, forced.get(operation, "auto")) for operation in TABLE}
+
+
+def explain(operation: str, task: Task, table: Table = TABLE) -> list[Row]:
+    """Every backend of an operation."""
+    chosen = choose(operation, task, table=table).name
+    return [Row(name, name == chosen, backend.refusal(task)) for name, backend in table[operation].items()]

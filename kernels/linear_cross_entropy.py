@@ -83,6 +83,7 @@ def _apply(
 ) -> tuple[Tensor, Tensor]:
     assert x.dtype == weight.dtype, (x.dtype, weight.dtype)
     assert factors.dtype == torch.float32, factors.dtype
+    assert factors.device == x.device, (factors.device, x.device)
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     size = chunk_tokens(x.shape[0]) if chunk is None else chunk
     factors = factors.detach().expand(labels.shape)

@@ -227,6 +227,9 @@ class OptimizerSection(Section):
     """Decoupled weight decay; norms are left out of it."""
     clip: float = Field(default=1.0, ge=0)
     """Largest gradient norm over the whole model; 0 does not clip."""
+    backend: Literal["auto", "torch", "apex", "deepspeed"] = "auto"
+    """Whose code makes the step: torch's fused AdamW, NVIDIA apex's FusedAdam, or DeepSpeed's, compiled at its first
+    use: FusedAdam, and CPUAdam without a GPU or with an offloaded optimizer. auto: the fastest that is there."""
 
 
 class ScheduleSection(Section):

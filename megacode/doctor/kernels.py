@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megacode.doctor.finding import Finding, verdict
 from megacode.doctor.versions import one_line
+from megacode.engine import optimizer
 from megacode.kernels import dispatch
 from megacode.kernels.attention import Segments
 from megacode.kernels.cross_entropy import IGNORE
@@ -35,6 +36,15 @@ def check_backends(device: torch.device) -> Iterator[Finding]:
             yield Finding(f"{operation} {word(dtype)}", "ok", f"{choice.name}: {choice.reason}")
         choice = dispatch.choose("attention", dispatch.task(device, dtype, segments=True))
         yield Finding(f"attention of documents {word(dtype)}", "ok", f"{choice.name}: {choice.reason}")
+
+
+def check_optimizer(device: torch.device) -> Finding:
+    """The backend of the optimizer's step, and whether a recipe could ask for another."""
+    rows = optimizer.explain(device)
+    chosen = next(row.backend for row in rows if row.chosen)
+    others = [row for row in rows if not row.chosen]
+    texts = [f"not {row.backend}: {row.refusal}" if row.refusal else f"{row.backend} would serve" for row in others]
+    return Finding("optimizer fp32", "ok", f"{chosen}: {'; '.join(texts)}")
 
 
 def _heads(batch: int, sequence: int, heads: int, head_dim: int = 32) -> Tensor:

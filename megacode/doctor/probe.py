@@ -18,7 +18,8 @@ from megacode.checkpoint.store import CheckpointReader
 from megacode.data.stream import step_indices
 from megacode.doctor.outcome import GRADIENT, WEIGHT, Outcome
 from megacode.doctor.samples import RandomSamples, Samples
-from megacode.engine.zero import ZeroEngine, adam, start_deepspeed
+from megacode.engine.optimizer import param_groups, torch_adamw
+from megacode.engine.zero import ZeroEngine, start_deepspeed
 from megacode.model.layers import IGNORE, PlainLayers, Slice, initial_values, part_of
 from megacode.model.llama import Llama
 from megacode.parallel.context import own_part
@@ -66,7 +67,7 @@ def one_process(recipe: Recipe, samples: Samples, steps: int, device: torch.devi
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(start(name, part_of(parameter)))
-    optimizer = adam(model.parameters(), recipe.optimizer)
+    optimizer = torch_adamw(param_groups(model.parameters(), recipe.optimizer), recipe.optimizer, device)
     outcome = Outcome(parts={name: part_of(parameter) for name, parameter in parameters.items()})
     for step in range(steps):
         batches, num_valid = _batches(recipe, samples, step, device)

@@ -53,6 +53,7 @@ def _one_process(report: Report, device: Any, environment: dict[str, str]) -> No
     report.add("versions", iter([versions.check_flash_attn(device.type == "cuda"), versions.check_apex()]))
     report.add("versions", machine.check_machine(device, environment))
     report.add("kernels", kernels.check_backends(device))
+    report.add("kernels", iter([kernels.check_optimizer(device)]))
     report.add("self-tests in one process", kernels.check_twins(device))
     report.add("self-tests in one process", leakage.check_leakage(device))
 

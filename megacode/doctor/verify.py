@@ -88,7 +88,7 @@ def prepare(recipe: Recipe, texts: Sequence[str], factor: float) -> tuple[Recipe
     optimizer = recipe.optimizer.model_copy(update={"learning_rate": rate})
     recipe, found = cases(recipe.model_copy(update={"optimizer": optimizer}), texts, factor)
     for case in found:
-        check_config(case.recipe)
+        check_config(case.recipe, training_device())
     start.open_streams(recipe, tokenizer)
     if recipe.checkpoint.start_from is not None:
         start.open_weights(recipe, Path(recipe.checkpoint.start_from)).verify()

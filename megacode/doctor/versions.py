@@ -96,11 +96,11 @@ def check_flash_attn(cuda: bool) -> Finding:
 
 
 def check_apex() -> Finding:
-    """NVIDIA's apex, which nothing needs, and PyPI's project of the same name, which is often installed instead."""
+    """NVIDIA's apex, which is never needed, and PyPI's project of the same name, which is often installed instead."""
     from megacode.kernels.packages import nvidia_apex_available
 
     if nvidia_apex_available():
-        return Finding("apex", "ok", "NVIDIA's")
+        return Finding("apex", "ok", "NVIDIA's; for optimizer.backend: apex and kernels.rms_norm: apex")
     if util.find_spec("apex") is not None:
         return Finding("apex", "missing", "the installed one is not NVIDIA's fused one", "pip uninstall apex")
     return Finding("apex", "missing", "NVIDIA's; not needed. PyPI's apex is another project")

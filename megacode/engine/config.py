@@ -86,7 +86,18 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # its CPU Adam would be compiled at start
     config.setdefault("steps_per_print", None)
+    # From the third step on its throughput timer would wait for the device at every forward.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     return config
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether what DeepSpeed is given keeps masters and moments in the host's memory."""
+    return _offloads(config["zero_optimization"], "optimizer")
+
+
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    return bool((zero.get(f"offload_{what}") or {}).get("device", "none") != "none")
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -128,7 +139,7 @@ def _check_offload(recipe: Recipe, zero: dict[str, Any]) -> None:
     for key in ("offload_param", "offload_optimizer"):
         if (zero.get(key) or {}).get("device") == "nvme":
             raise UserError(f"{path}: zero_optimization.{key}.device nvme can't be used; say cpu")
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    offload = _offloads(zero, "optimizer")
     # Below ZeRO-3 it has the norms of offloaded gradients before those of tensor ranks are summed.
     if offload and parallel.sequence and parallel.zero < 3:
         raise UserError(

@@ -333,7 +333,9 @@ def masters(zero: Any) -> list[Tensor]:
 def create_adam_state(zero: Any, step: int) -> None:
     """Make Adam's state, zero, with its step count. DeepSpeed restores moments by name but never the count."""
     for master in masters(zero):
-        count = torch.tensor(float(step), device=master.device)
+        # torch's counts on the device, the others in Python.
+        on_device = isinstance(zero.optimizer, torch.optim.AdamW)
+        count = torch.tensor(float(step), device=master.device) if on_device else step
         zero.optimizer.state[master] = {"step": count, **{key: torch.zeros_like(master) for key in ADAM_STATES}}
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False

@@ -5,7 +5,7 @@ needs is in `private`, one function a cure.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megacode.engine import private
 from megacode.engine.config import deepspeed_config
+from megacode.engine.optimizer import OPERATION, choose, make
 from megacode.model.layers import part_of
 from megacode.model.llama import Block
 from megacode.parallel.build import build_chunks
@@ -23,7 +24,7 @@ from megacode.parallel.heartbeat import communicating, doing, finishing
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.pipeline import MicroBatch, Pipeline
 from megacode.plan.layout import Layout
-from megacode.recipe import OptimizerSection, Recipe
+from megacode.recipe import Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -31,12 +32,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 check_version = private.check_version
 
 
-def check_config(recipe: Recipe) -> None:
-    """Refuse a DeepSpeed file that the engine could not be made with.
+def check_config(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a DeepSpeed file or a backend of the optimizer that the engine could not be made with on the device.
 
     Raises:
-        UserError: names the file and the key.
+        UserError: names the file and the key, or the backend and what it lacks.
     """
+    choose(recipe, device)
     private.check_config(deepspeed_config(recipe), recipe.deepspeed_config)
 
 
@@ -61,13 +63,14 @@ class ZeroEngine:
         with _construction(parallel.zero, mesh, device, dtype, config):
             chunks = build_chunks(recipe, layout, mesh, device, dtype)
         self.parameters = dict(chunks.global_parameters())
-        self.backends = {operation: choice.name for operation, choice in chunks.choices.items()}
-        self.reasons = {operation: choice.reason for operation, choice in chunks.choices.items()}
         for parameter in self.parameters.values():
             private.mark_norm_owner(parameter, part_of(parameter).dim is not None or mesh.tensor_rank == 0)
         private.check_traces_within(mesh.data_group)
         private.gather_whole(chunks, Block)
-        optimizer = adam(self.parameters.values(), recipe.optimizer)
+        optimizer, choice = make(recipe, self.parameters.values(), device)
+        choices = {**chunks.choices, OPERATION: choice}
+        self.backends = {operation: choice.name for operation, choice in choices.items()}
+        self.reasons = {operation: choice.reason for operation, choice in choices.items()}
         doing("building the engine")
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=chunks, optimizer=optimizer, config=config, mpu=mesh.mpu
@@ -200,22 +203,6 @@ class ZeroEngine:
 def local_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape that this rank's tensor has, padding included, also while ZeRO-3 has it sharded."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def adam(parameters: Iterable[nn.Parameter], section: OptimizerSection) -> torch.optim.AdamW:
-    """torch's fused AdamW; norms do not decay. DeepSpeed's own would have to be compiled."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if part_of(p).std > 0], "weight_decay": section.weight_decay},
-        {"params": [p for p in parameters if part_of(p).std == 0], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=section.learning_rate,
-        betas=(section.beta1, section.beta2),
-        eps=section.epsilon,
-        fused=True,
-    )
 
 
 @contextmanager

@@ -49,10 +49,15 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {
-            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
-        }
+        tensors = {name: to_device(value, device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **tensors, segments=self.segments and self.segments.to(device))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor of the host that the host does not wait for: to a GPU, from pinned memory."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 Forward = Callable[[int, Tensor, MicroBatch, bool], Tensor]

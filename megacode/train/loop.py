@@ -22,7 +22,7 @@ from megacode.parallel.context import own_part
 from megacode.parallel.heartbeat import awaiting_device, communicating, doing
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.phases import Recorder, measure
-from megacode.parallel.pipeline import MicroBatch
+from megacode.parallel.pipeline import MicroBatch, to_device
 from megacode.plan.layout import Layout
 from megacode.plan.model import flops_per_token
 from megacode.recipe import Recipe
@@ -103,7 +103,7 @@ class Trainer:
             batches, counts = self._batches(self.stream.micro_batch, first, recipe.batch.global_samples)
         num_valid = counts.sum().clamp(min=1)
         sums = self.engine.train_step(batches, self.mesh.zero_size / num_valid)
-        asked = self.requests.noted(self.progress.step + 1).to(self.device, non_blocking=True)
+        asked = to_device(self.requests.noted(self.progress.step + 1), self.device)
         totals = torch.cat([sums / self.mesh.tensor, asked])
         with communicating("all-reduce", "world"):
             dist.all_reduce(totals)
@@ -221,7 +221,7 @@ class Trainer:
         indices = step_indices(first, count, micro, mesh.data, mesh.data_rank)
         host = [own_part(_on_host(read(numbers)), mesh.context, mesh.context_rank) for numbers in indices]
         counted = torch.cat([batch.groups[batch.labels != IGNORE] for batch in host if batch.groups is not None])
-        totals = torch.bincount(counted, minlength=2 * len(self.stream.sources)).to(self.device)
+        totals = to_device(torch.bincount(counted, minlength=2 * len(self.stream.sources)), self.device)
         batches = [batch.to(self.device) for batch in host]  # first: a copy may wait for what is enqueued
         with communicating("all-reduce", "data"):
             dist.all_reduce(totals, group=mesh.data_group)

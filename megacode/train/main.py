@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         layout = fit(config, place.world_size)
         run = Run(config, layout, place, device)
         doing("opening the data")
-        check_config(config)
+        check_config(config, device)
         check_trackers(config)
         check_profile(config, layout.world_size)
         streams = start.open_streams(config, tokenizer)

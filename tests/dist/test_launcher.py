@@ -61,7 +61,7 @@ def test_a_run_leaves_what_it_should(straight):
     (start,) = (json.loads(line) for line in (straight / "starts.jsonl").read_text().splitlines())
     assert (start["step"], start["world_size"], sum(start["hosts"].values())) == (0, 4, 4)
     assert start["layout"]["stages"] == [[0, 2], [2, 4]]
-    assert start["backends"] == {"rope": "torch", "attention": "torch"}
+    assert start["backends"] == {"rope": "torch", "attention": "torch", "optimizer": "torch"}
     events = [json.loads(line) for line in (straight / "events.jsonl").read_text().splitlines()]
     assert [(event["event"], event["step"]) for event in events] == [("checkpoint", 4), ("checkpoint", 8)]
     assert len(status(straight)["memory_bytes"]) == 4

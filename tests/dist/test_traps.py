@@ -6,6 +6,7 @@ A cure that a new DeepSpeed makes needless, or that no longer works, fails here.
 import json
 
 import pytest
+from support.stepping import device_waits
 from support.training import deviation, fetches, parallel, recipe, reference
 from support.world import CaseError
 
@@ -99,6 +100,16 @@ def test_context_ranks_are_data_ranks_to_deepspeed(worlds, zero):
     layout = {"pipeline": 2, "zero": zero, "context": 2}
     assert run(worlds(4), **layout)[0]["gradient"] < RIGHT
     assert run(worlds(4), ["context in the data group"], **layout)[0]["gradient"] > WRONG
+
+
+@pytest.mark.parametrize("layout", [{"zero": 1}, {"zero": 3}], ids=str)
+def test_no_forward_waits_for_the_device(worlds, layout):
+    """DeepSpeed's throughput timer does, once it has seen two steps."""
+    config = recipe(parallel=layout)
+    assert worlds(2).run(device_waits, config, 4, False) == [[0] * 4] * 2
+    for waits in worlds(2).run(device_waits, config, 4, True):
+        assert waits[:2] == [0, 0]
+        assert min(waits[2:]) >= 4  # at each of four forwards
 
 
 def test_offload_needs_no_compiler(worlds, tmp_path):

@@ -17,6 +17,7 @@ from megacode.model.llama import Block
 from megacode.recipe import ModelSection
 
 ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 FILES = [None, *sorted((ROOT / "ds_configs").glob("zero3*.json"))]
 
 
@@ -83,7 +84,7 @@ def test_no_auto_is_left_for_deepspeed(tmp_path):
 )
 def test_what_deepspeed_would_refuse_is_a_line(tmp_path, section, message):
     with pytest.raises(UserError, match=message):
-        check_config(zero3(tmp_path, zero_optimization=section))
+        check_config(zero3(tmp_path, zero_optimization=section), CPU)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_what_deepspeed_would_refuse_is_a_line(tmp_path, section, message):
 )
 def test_a_key_that_deepspeed_would_not_read_is_a_line(tmp_path, key, message):
     with pytest.raises(UserError, match=message):
-        check_config(zero3(tmp_path, **{key: {}}))
+        check_config(zero3(tmp_path, **{key: {}}), CPU)
 
 
 class Asked(dict):
@@ -133,9 +134,9 @@ def test_the_known_keys_are_those_that_deepspeed_reads(tmp_path):
     read = asked - set(ds_config._REMOVED_TOP_LEVEL_CONFIG_KEYS) | {"sequence_parallel_size"}
     assert read == private.CONFIG_KEYS
     for key in private.CONFIG_KEYS - {"zero_optimization"}:
-        check_config(zero3(tmp_path, **{key: "auto"}))
+        check_config(zero3(tmp_path, **{key: "auto"}), CPU)
 
 
 def test_the_files_that_come_along_are_accepted():
     for file in FILES:
-        check_config(recipe(parallel={"zero": 3}, deepspeed_config=file and str(file)))
+        check_config(recipe(parallel={"zero": 3}, deepspeed_config=file and str(file)), CPU)

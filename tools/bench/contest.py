@@ -114,8 +114,11 @@ def step_batches(recipe: Recipe, step: int, rank: int, processes: int) -> list[t
     return [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in mine]
 
 
-def initial_weights(recipe: Recipe) -> Iterator[tuple[str, Tensor, bool]]:
-    """(name, whole fp32 value, whether weight decay applies) of each parameter: one at a time, to keep the peak low."""
+def initial_weights(recipe: Recipe, device: str = "cpu") -> Iterator[tuple[str, Tensor, bool]]:
+    """(name, whole fp32 value, whether weight decay applies) of each parameter: one at a time, to keep the peak low.
+
+    On a GPU they are drawn there, other ones: a CPU would take a minute for some billions.
+    """
     import torch
 
     from megacode.model.layers import initial_values, part_of
@@ -123,5 +126,9 @@ def initial_weights(recipe: Recipe) -> Iterator[tuple[str, Tensor, bool]]:
 
     with torch.device("meta"):
         parts = {name: part_of(parameter) for name, parameter in Llama(recipe.model).named_parameters()}
-    for name, part in parts.items():
-        yield name, initial_values(name, part, recipe.seed), part.std > 0
+    for number, (name, part) in enumerate(parts.items()):
+        if device == "cpu" or part.std == 0:
+            yield name, initial_values(name, part, recipe.seed).to(device), part.std > 0
+        else:
+            generator = torch.Generator(device).manual_seed(recipe.seed + number)
+            yield name, torch.empty(part.shape, device=device).normal_(0.0, part.std, generator=generator), True

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from megacode.kernels import dispatch
 from megacode.kernels.attention import Segments
+from megacode.kernels.linear_cross_entropy import linear_cross_entropy_torch, linear_cross_entropy_triton
 from megacode.kernels.packages import import_failure
 from megacode.kernels.rope import inverse_frequencies
+from megacode.kernels.swiglu import swiglu_packed_torch, swiglu_packed_triton
 
-EPSILON, THETA, VOCABULARY = 1e-5, 1e6, 32016
+EPSILON, THETA, VOCABULARY, HIDDEN = 1e-5, 1e6, 32016, 4096
 
 Function = Callable[..., Any]
 
@@ -43,10 +45,18 @@ class Case:
     """None: the pass is one, forward and backward together."""
     rivals: dict[str, Function | str]
     """Who else computes it, by name, or why it cannot."""
+    exact: Function
+    """The twin in plain torch."""
+    weighed: bool = False
+    """Whether the memory that a call takes is measured as well."""
 
 
 TOKENS, ATTENTION_TOKENS = (8192, 65536), (4096, 16384)
 """How many tokens the cases have."""
+
+
+OPERATIONS = (*dispatch.TABLE, "swiglu_packed", "linear_cross_entropy")
+"""The model's, and kernels that it does not use."""
 
 
 def cases(
@@ -61,7 +71,9 @@ def cases(
         "add_rms_norm": [partial(_add_norm, width=width) for width in (4096, 8192)],
         "rope": [partial(_rope, heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((32, 32), (64, 8))],
         "swiglu": [partial(_swiglu, width=width) for width in (11008, 22016)],
+        "swiglu_packed": [_swiglu_packed],
         "cross_entropy": [_cross_entropy],
+        "linear_cross_entropy": [_linear_cross_entropy],
         "attention": [
             partial(_attention, heads=heads, kv_heads=kv_heads, head_dim=head_dim, documents=documents)
             for heads, kv_heads, head_dim, documents in (
@@ -81,7 +93,7 @@ def cases(
 def subjects(case: Case) -> dict[str, Function | str]:
     """Everyone who computes the case, or why not: the backends of the dispatch, then the rivals."""
     found: dict[str, Function | str] = {}
-    for name, backend in dispatch.TABLE[case.operation].items():
+    for name, backend in dispatch.TABLE.get(case.operation, {}).items():
         refusal = backend.refusal(case.task)
         found[name] = backend.function if refusal is None else refusal
     return found | case.rivals
@@ -99,6 +111,10 @@ def _liger(function: Function, device: torch.device) -> Function | str:
     if device.type != "cuda":
         return f"it needs a CUDA device and this one is {device.type}"
     return import_failure("liger_kernel.ops", "liger-kernel") or function
+
+
+def _twin(operation: str) -> Function:
+    return dispatch.TABLE[operation]["torch"].function
 
 
 def _eager_and_compiled(function: Function, device: torch.device) -> dict[str, Function | str]:
@@ -157,6 +173,22 @@ def cross_entropy_eager(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
+def linear_cross_entropy_eager(x: Tensor, weight: Tensor, labels: Tensor, factors: Tensor) -> Tensor:
+    """The head, and the mean loss of its logits."""
+    return F.cross_entropy(F.linear(x, weight).float(), labels)
+
+
+def linear_cross_entropy_liger(x: Tensor, weight: Tensor, labels: Tensor, factors: Tensor) -> Tensor:
+    """Liger's, in chunks too."""
+    module = importlib.import_module("liger_kernel.transformers.functional")
+    return module.liger_fused_linear_cross_entropy(x, weight, labels)
+
+
+def products(x: Tensor, weight: Tensor, labels: Tensor, factors: Tensor) -> Tensor:
+    """The matrix products alone: what the others would take if the rest were free."""
+    return F.linear(x, weight)
+
+
 def cross_entropy_liger(logits: Tensor, labels: Tensor) -> Tensor:
     """Liger's sum of losses, with its gradient in forward."""
     module = importlib.import_module("liger_kernel.transformers.functional")
@@ -171,7 +203,7 @@ def _norm(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> 
     return Case(
         "rms_norm", f"{tokens} x {width}", dispatch.task(device, dtype, hidden=width),
         lambda: [_random(device, dtype, tokens, width), _random(device, dtype, width), EPSILON],
-        Cost(2 * w), Cost(3 * w), _eager_and_compiled(norm_eager, device),
+        Cost(2 * w), Cost(3 * w), _eager_and_compiled(norm_eager, device), _twin("rms_norm"),
     )  # fmt: skip
 
 
@@ -181,7 +213,7 @@ def _add_norm(device: torch.device, dtype: torch.dtype, tokens: int, width: int)
     return Case(
         "add_rms_norm", f"{tokens} x {width}", dispatch.task(device, dtype, hidden=width),
         lambda: [*(_random(device, dtype, *shape) for shape in made), EPSILON],
-        Cost(4 * w), Cost(4 * w), _eager_and_compiled(add_norm_eager, device),
+        Cost(4 * w), Cost(4 * w), _eager_and_compiled(add_norm_eager, device), _twin("add_rms_norm"),
     )  # fmt: skip
 
 
@@ -195,7 +227,7 @@ def _rope(device: torch.device, dtype: torch.dtype, tokens: int, heads: int, kv_
     rivals = _eager_and_compiled(rope_eager, device) | {"liger": _liger(rope_liger, device)}
     return Case(
         "rope", f"{tokens} x ({heads} + {kv_heads}) x 128", dispatch.task(device, dtype), arguments,
-        Cost(2 * w), Cost(2 * w), rivals,
+        Cost(2 * w), Cost(2 * w), rivals, _twin("rope"),
     )  # fmt: skip
 
 
@@ -204,7 +236,7 @@ def _swiglu(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -
     return Case(
         "swiglu", f"{tokens} x {width}", dispatch.task(device, dtype),
         lambda: [_random(device, dtype, tokens, width) for _ in range(2)],
-        Cost(3 * w), Cost(5 * w), _eager_and_compiled(swiglu_eager, device),
+        Cost(3 * w), Cost(5 * w), _eager_and_compiled(swiglu_eager, device), _twin("swiglu"),
     )  # fmt: skip
 
 
@@ -214,7 +246,49 @@ def _cross_entropy(device: torch.device, dtype: torch.dtype, tokens: int) -> Cas
     return Case(
         "cross_entropy", f"{tokens} x {VOCABULARY}", dispatch.task(device, dtype),
         lambda: [_random(device, dtype, tokens, VOCABULARY), labels],
-        Cost(2 * dtype.itemsize * tokens * VOCABULARY), None, rivals,
+        Cost(2 * dtype.itemsize * tokens * VOCABULARY), None, rivals, _twin("cross_entropy"),
+    )  # fmt: skip
+
+
+def _linear_cross_entropy(device: torch.device, dtype: torch.dtype, tokens: int) -> Case:
+    width = HIDDEN
+    labels = torch.randint(VOCABULARY, (tokens,), device=device)
+    factors = torch.full((), 1 / tokens, device=device)
+
+    def arguments() -> list[Any]:
+        # Of the size that initial weights have, else all but one probability would be 0.
+        weight = torch.randn(VOCABULARY, width, device=device, dtype=dtype).mul_(0.02).requires_grad_()
+        return [_random(device, dtype, tokens, width), weight, labels, factors]
+
+    task = dispatch.task(device, dtype, hidden=width)
+    refusal = dispatch.TABLE["cross_entropy"]["triton"].refusal(task)
+    ours = (lambda *given: linear_cross_entropy_triton(*given)[0]) if refusal is None else refusal
+    rivals = {
+        "triton": ours, "torch": _linear_cross_entropy_torch, "products": products,
+        **_eager_and_compiled(linear_cross_entropy_eager, device),
+        "liger": _liger(linear_cross_entropy_liger, device),
+    }  # fmt: skip
+    return Case(
+        "linear_cross_entropy", f"{tokens} x {width} x {VOCABULARY}", task, arguments,
+        Cost(flops=6 * tokens * width * VOCABULARY), None, rivals, _linear_cross_entropy_torch, weighed=True,
+    )  # fmt: skip
+
+
+def _linear_cross_entropy_torch(*arguments: Any) -> Tensor:
+    return linear_cross_entropy_torch(*arguments)[0]
+
+
+def _swiglu_packed(device: torch.device, dtype: torch.dtype, tokens: int) -> Case:
+    width, task = 11008, dispatch.task(device, dtype)
+    w = dtype.itemsize * tokens * width
+    refusal = dispatch.TABLE["swiglu"]["triton"].refusal(task)
+    rivals: dict[str, Function | str] = {
+        "triton": swiglu_packed_triton if refusal is None else refusal, "torch": swiglu_packed_torch,
+        **_eager_and_compiled(lambda packed: swiglu_eager(*packed.chunk(2, dim=-1)), device),
+    }  # fmt: skip
+    return Case(
+        "swiglu_packed", f"{tokens} x 2 x {width}", task, lambda: [_random(device, dtype, tokens, 2 * width)],
+        Cost(3 * w), Cost(5 * w), rivals, swiglu_packed_torch,
     )  # fmt: skip
 
 
@@ -229,5 +303,5 @@ def _attention(
     return Case(
         "attention", size, dispatch.task(device, dtype, head_dim=head_dim, segments=documents > 1),
         lambda: [*(_random(device, dtype, 1, tokens, count, head_dim) for count in counts), segments],
-        Cost(flops=flops), Cost(flops=2.5 * flops), {},
+        Cost(flops=flops), Cost(flops=2.5 * flops), {}, _twin("attention"),
     )  # fmt: skip

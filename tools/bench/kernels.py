@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import typer
 
 from megacode.errors import UserError
 from megacode.tools.bench.processes import command_line
+from megacode.tools.output import JsonFile, json_output
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Other numbers of tokens; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file; - prints them.")] = None,
+    json_file: JsonFile = None,
     png: Annotated[Path | None, typer.Option(help="Draw the rates into this file.")] = None,
 ) -> None:
     """Time every kernel forward and backward: this trainer's, eager and compiled torch, and the packages that are here.
@@ -68,35 +68,33 @@ def main(
     """
     import torch
 
-    from megacode.kernels.dispatch import TABLE
     from megacode.tools.bench import kernel_cases
 
-    unknown = [name for name in operation or [] if name not in TABLE]
+    unknown = [name for name in operation or [] if name not in kernel_cases.OPERATIONS]
     if unknown:
-        raise UserError(f"--operation {unknown[0]} is unknown; known are {', '.join(TABLE)}")
+        raise UserError(f"--operation {unknown[0]} is unknown; known are {', '.join(kernel_cases.OPERATIONS)}")
     if device not in ("cuda", "cpu") or precision not in ("bf16", "fp32"):
         raise UserError("--device is cuda or cpu, --precision bf16 or fp32")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device; give --device cpu with few --tokens to try the tool")
     where, dtype = torch.device(device), {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    facts = _facts(where, precision)
-    ceilings = measure_ceilings(where, dtype)
-    typer.echo(f"{facts['device']}, {precision}, torch {facts['torch']}, triton {facts['triton']}", err=True)
-    copy, products = _rate(ceilings.copy_terabytes, "TB/s"), _rate(ceilings.matmul_teraflops, "TFLOP/s")
-    typer.echo(f"measured here: copy {copy.strip()}, matmul {products.strip()}", err=True)
-    rows: list[Row] = []
-    lines: set[str] = set()
-    for case in kernel_cases.cases(where, dtype, tokens, operation):
-        for row in measure(case, ceilings):
-            rows.append(row)
-            line = _line(row)
-            if line not in lines:  # why somebody is missing, once an operation
-                typer.echo(line, err=as_json is not None and str(as_json) == "-")
-            lines.add(line)
-    if as_json is not None:
-        found = facts | {"ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}
-        text = json.dumps(found, indent=1)
-        typer.echo(text) if str(as_json) == "-" else as_json.write_text(text + "\n", encoding="utf-8")
+    if png is not None and not png.absolute().parent.is_dir():
+        raise UserError(f"--png: {png.parent} is no folder; make it, or name another file")
+    with json_output(json_file) as write:
+        facts, ceilings = _facts(where, precision), measure_ceilings(where, dtype)
+        copy, products = _rate(ceilings.copy_terabytes, "TB/s"), _rate(ceilings.matmul_teraflops, "TFLOP/s")
+        print(f"{facts['device']}, {precision}, torch {facts['torch']}, triton {facts['triton']}")
+        print(f"measured here: copy {copy.strip()}, matmul {products.strip()}", flush=True)
+        rows: list[Row] = []
+        lines: set[str] = set()
+        for case in kernel_cases.cases(where, dtype, tokens, operation):
+            for row in measure(case, ceilings):
+                rows.append(row)
+                line = _line(row)
+                if line not in lines:  # why somebody is missing, once an operation
+                    print(line, flush=True)
+                lines.add(line)
+        write(facts | {"ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]})
     if png is not None:
         draw(rows, ceilings, facts["device"], png)
 
@@ -106,12 +104,16 @@ def measure(case: Case, ceilings: Ceilings) -> list[Row]:
     from megacode.kernels.dispatch import TABLE, choose
     from megacode.tools.bench.kernel_cases import subjects
 
-    exact = _results(case, TABLE[case.operation]["torch"].function, wide=True)
-    chosen, rows = choose(case.operation, case.task).name, []
+    exact, rows = _results(case, case.exact, wide=True), []
+    chosen = choose(case.operation, case.task).name if case.operation in TABLE else None
     for name, function in subjects(case).items():
         try:
-            note = function if isinstance(function, str) else _wrong(case, function, exact)
-            times = {} if note or isinstance(function, str) else _times(case, function)
+            times = {}
+            if isinstance(function, str):
+                note = function
+            elif not (note := "" if name == "products" else _wrong(case, function, exact)):  # which are no loss
+                times = _times(case, function)
+                note = _weight(case, function) if case.weighed else ""
         except Exception as error:  # a rival that fails is a finding, not the end of the run
             note, times = f"fails: {' '.join(str(error).split())[:200]}", {}
         rows += [_row(case, name, way, times.get(way), ceilings, name == chosen, note) for way in _ways(case)]
@@ -154,6 +156,24 @@ def _times(case: Case, function: Function) -> dict[str, float]:
     gradients = [torch.randn_like(x) for x in outputs]
     backward = timed(lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True), device)
     return {"forward": forward, "backward": backward}
+
+
+def _weight(case: Case, function: Function) -> str:
+    """What a call takes at its peak beyond its arguments, on CUDA, beside the bytes of whole logits."""
+    import torch
+
+    if case.task.device.type != "cuda":
+        return "peak memory: on CUDA only"
+    arguments = case.arguments()
+    edges = _edges(arguments)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function(*arguments)
+    torch.autograd.grad(result, edges, torch.ones_like(result))
+    peak = torch.cuda.max_memory_allocated() - before
+    gradients = sum(x.nbytes for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad)
+    logits = arguments[0].shape[0] * arguments[1].shape[0] * case.task.dtype.itemsize
+    return f"peak {peak / 2**20:.0f} MiB, gradients {gradients / 2**20:.0f}, whole logits {logits / 2**20:.0f}"
 
 
 def timed(function: Callable[[], Any], device: torch.device, repetitions: int = 10) -> float:
@@ -236,7 +256,7 @@ def _line(row: Row) -> str:
     assert row.rate is not None
     assert row.share is not None
     rate = _rate(row.rate, row.unit)
-    return f"{head} {row.milliseconds:9.3f} ms {rate} {row.share:4.0%}{'  auto' * row.chosen}"
+    return f"{head} {row.milliseconds:9.3f} ms {rate} {row.share:4.0%}{'  auto' * row.chosen}  {row.note}".rstrip()
 
 
 def _rate(rate: float, unit: str) -> str:

@@ -1,14 +1,18 @@
-"""megacode as a contestant: its engine as the trainer uses it, without reading data and writing files."""
+"""megacode as a contestant: its engine as the trainer uses it, and the trainer itself."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megacode.recipe import Recipe
-from megacode.tools.bench.contest import Step
+from megacode.tools.bench.contest import Step, initial_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from megacode.engine.zero import ZeroEngine
@@ -44,21 +48,62 @@ def _mesh(pipeline: int, data: int, tensor: int, context: int) -> Mesh:
     return build_mesh(pipeline, data, tensor, context)
 
 
-def start_engine(recipe: Recipe, mesh: Mesh) -> ZeroEngine:
+def start_engine(recipe: Recipe, mesh: Mesh, device: str = "cpu", num_groups: int = 1) -> ZeroEngine:
     """The recipe's engine with its initial weights. Collective."""
     import torch
     import torch.distributed as dist
 
     from megacode.engine.zero import ZeroEngine, start_deepspeed
-    from megacode.model.layers import initial_values, part_of
+    from megacode.model.layers import part_of
     from megacode.plan.layout import fit
 
     start_deepspeed()
-    zero = ZeroEngine(recipe, fit(recipe, dist.get_world_size()), mesh, torch.device("cpu"))
-    for name, parameter in zero.parameters.items():
-        part = part_of(parameter)
-        zero.write(name, part.take(initial_values(name, part, recipe.seed)))
+    zero = ZeroEngine(recipe, fit(recipe, dist.get_world_size()), mesh, torch.device(device), num_groups)
+    for name, value, _ in initial_weights(recipe, device):
+        if name in zero.parameters:
+            zero.write(name, part_of(zero.parameters[name]).take(value))
     return zero
+
+
+def trainer(recipe: Recipe, device: str) -> Callable[[], float]:
+    """The loop of every run with all that a step of it does: data from shards, forwards and backwards, update, a line
+    of metrics. Only checkpoints are left out. Collective, as a call of what it returns is: a step; its loss."""
+    import rich.console
+    import torch
+    import torch.distributed as dist
+
+    from megacode.checkpoint.store import Progress
+    from megacode.data.tokenizer import Tokenizer
+    from megacode.plan.layout import fit
+    from megacode.train.console import Console
+    from megacode.train.faults import Requests
+    from megacode.train.journal import Journal
+    from megacode.train.loop import Trainer
+    from megacode.train.start import open_streams
+
+    class KeepingJournal(Journal):
+        def metrics(self, values: dict[str, Any]) -> None:
+            self.last = values
+            super().metrics(values)
+
+    mesh = mesh_of(recipe)
+    stream, _ = open_streams(recipe, Tokenizer(recipe.tokenizer.path))
+    zero = start_engine(recipe, mesh, device, num_groups=2 * len(stream.sources))
+    run, batch = Path(recipe.run), recipe.batch
+    run.mkdir(parents=True, exist_ok=True)
+    console = rich.console.Console(file=io.StringIO())
+    journal = KeepingJournal(run, 0, Console(0, recipe.schedule.steps, console))
+    progress = Progress(0, 0, 0, recipe.seed, batch.sequence_length, stream.windows.num_tokens)
+    loop = Trainer(
+        recipe, fit(recipe, dist.get_world_size()), mesh, torch.device(device), zero, stream, None, progress,
+        Requests(run, looks=True), journal,
+    )  # fmt: skip
+
+    def step() -> float:
+        loop.step()
+        return float(journal.last["loss"])
+
+    return step
 
 
 def engine(recipe: Recipe) -> Step:

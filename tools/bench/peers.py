@@ -11,6 +11,8 @@ from megacode.recipe import Recipe
 from megacode.tools.bench.contest import Step, initial_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
 
@@ -59,6 +61,60 @@ def plain(recipe: Recipe) -> Step:
         optimizer.step()
         optimizer.zero_grad()
         return total
+
+    return step
+
+
+def on_shards(recipe: Recipe, device: str, liger: bool) -> Callable[[], float]:
+    """One process on one device as transformers' own Trainer does it with bf16: fp32 weights under autocast, gradient
+    checkpointing where the recipe recomputes anything, torch's fused AdamW; the recipe's shards and samples.
+
+    A call of what it returns is a step; its loss.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from megacode.data.stream import step_indices
+    from megacode.data.tokenizer import Tokenizer
+    from megacode.train.start import open_streams
+
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    stream, _ = open_streams(recipe, Tokenizer(recipe.tokenizer.path))
+    with torch.device(device):
+        model = LlamaForCausalLM(llama_config(recipe))
+    parameters = dict(model.named_parameters())
+    decayed = set()
+    with torch.no_grad():
+        for name, value, decays in initial_weights(recipe, device):
+            parameters[name].copy_(value)
+            decayed |= {name} if decays else set()
+    if recipe.parallel.recompute != "none":
+        model.gradient_checkpointing_enable()
+    model.train()
+    optimizer = _adamw(recipe, parameters, decayed)
+    batch, first = recipe.batch, 0
+
+    def on_device(array: Any) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
+
+    def step() -> float:
+        nonlocal first
+        losses = []
+        for numbers in step_indices(first, batch.global_samples, batch.micro_samples, 1, 0):
+            host = stream.micro_batch(numbers)
+            with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                loss = _loss(model, on_device(host.tokens), on_device(host.labels))
+            (loss * batch.micro_samples / batch.global_samples).backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        first += batch.global_samples
+        return float(torch.stack(losses).mean())  # the step's one wait for the device
 
     return step
 

@@ -23,13 +23,14 @@ from megacode.errors import UserError
 from megacode.recipe import Recipe
 from megacode.tools.bench.contest import Step, step_batches
 
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "MASTER_ADDR": "127.0.0.1",
-    "OMP_NUM_THREADS": "1",  # while importing; each rank sets its own number
-    "TOKENIZERS_PARALLELISM": "false",
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "TOKENIZERS_PARALLELISM": "false"}
+DEVICE_ENVIRONMENT = {
+    "cpu": {
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # while importing; each rank sets its own number
+    },
+    "cuda": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
 }
 
 
@@ -90,9 +91,14 @@ PRELOADED = ["torch.distributed.fsdp", "deepspeed", "transformers.models.llama.m
 
 
 @functools.cache
-def _context() -> Any:
-    """A server that has the libraries imported and forks the ranks: each would else take seconds to start."""
-    os.environ.update(ENVIRONMENT)
+def _context(device: str) -> Any:
+    """For the CPU a server that has the libraries imported and forks the ranks: each would else take seconds to start.
+
+    CUDA does not stand a fork.
+    """
+    os.environ.update(ENVIRONMENT | DEVICE_ENVIRONMENT[device])
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -102,12 +108,14 @@ class Team:
     """The processes that run a contestant, one a rank; they wait, without using a core, for their turn."""
 
     def __init__(
-        self, serve: Serve, arguments: tuple[Any, ...], processes: int, threads: int, timeout_seconds: float
-    ) -> None:
-        """`serve(*arguments)` runs on every rank, in a process group of gloo; what it returns answers requests."""
+        self, serve: Serve, arguments: tuple[Any, ...], processes: int, threads: int, timeout_seconds: float,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        """`serve(*arguments)` runs on every rank, in a process group of gloo, or of NCCL where the device is cuda; what
+        it returns answers requests."""
         self.timeout_seconds = timeout_seconds
         self.workers: list[tuple[Any, Any]] = []
-        context = _context()
+        context = _context(device)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -116,7 +124,7 @@ class Team:
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_SIZE": processes}
             places["MASTER_PORT"] = port
             environment = {key: str(value) for key, value in places.items()}
-            inherited = (there, environment, threads, timeout_seconds, serve, arguments)
+            inherited = (there, environment, device, threads, timeout_seconds, serve, arguments)
             process = context.Process(target=_worker, args=inherited, daemon=True)
             process.start()
             there.close()
@@ -185,6 +193,7 @@ def resident_peak() -> int:
 def _worker(
     pipe: Any,
     environment: dict[str, str],
+    device: str,
     threads: int,
     timeout_seconds: float,
     serve: Serve,
@@ -194,7 +203,7 @@ def _worker(
     os.dup2(2, 1)  # standard output is the parent's table
     faulthandler.dump_traceback_later(timeout_seconds, exit=True)
     try:
-        _start(threads)
+        _start(threads, device)
         answer = serve(*arguments)
         pipe.send(None)
         while True:
@@ -209,14 +218,19 @@ def _worker(
         os._exit(1)
 
 
-def _start(threads: int) -> None:
+def _start(threads: int, device: str) -> None:
     """Join the process group."""
     import torch
     import torch.distributed as dist
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo")
+    if device == "cuda":
+        mine = torch.device(device, int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(mine)
+        dist.init_process_group("nccl", device_id=mine)
+    else:
+        dist.init_process_group("gloo")
 
 
 def contestant(builder: Callable[[Recipe], Step], recipe: Recipe) -> Callable[[str, int], Any]:

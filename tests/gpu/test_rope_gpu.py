@@ -1,14 +1,10 @@
-"""The CUDA backends of rope, against the definition in float64, and of attention, against its twin, on a GPU."""
-
-import importlib.util
+"""RoPE's compiled kernel against the definition in float64."""
 
 import pytest
 import torch
 from support import rope
 from support.rope import CASES, Case
 
-from megacode.kernels import dispatch
-from megacode.kernels.attention import Segments, attention_flash, attention_torch
 from megacode.kernels.rope import rope_triton
 
 pytestmark = [
@@ -54,29 +50,3 @@ def test_rope_triton_reaches_rows_past_2_to_31_elements():
     whole = rope_triton(q, k, positions, 1e6, 128)
     for x, y in zip(whole, rope_triton(*last, positions[:, -3:], 1e6, 128), strict=True):
         assert torch.equal(x[:, -3:], y)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")
-@pytest.mark.parametrize("bounds", [None, [0, 1, 700, 1024, 2048]])
-def test_attention_flash(bounds):
-    torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(2, 1024, heads, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2)
-    )
-    segments = None if bounds is None else Segments.between(bounds).to(torch.device("cuda"))
-    exact = attention_torch(q.float(), k.float(), v.float(), segments)
-    weights = torch.randn_like(exact)
-    exact_grads = torch.autograd.grad(exact, (q, k, v), weights)
-    errors = []
-    for attention in (attention_flash, attention_torch):
-        out = attention(q, k, v, segments)
-        grads = torch.autograd.grad(out, (q, k, v), weights.bfloat16())
-        pairs = zip((out, *grads), (exact, *exact_grads), strict=True)
-        errors.append([(x.float() - y.float()).abs().max().item() for x, y in pairs])
-    # Both round the weights and the results to bf16, in different orders: as far from exact as the twin, within twice.
-    for flash, twin in zip(*errors, strict=True):
-        assert flash <= 2 * twin + 1e-3
-
-
-def test_auto_takes_triton_for_rope():
-    assert dispatch.choose("rope", device=torch.device("cuda"), dtype=torch.bfloat16).name == "triton"
