@@ -177,14 +177,14 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
             buffers_bytes=int(common.buffers_bytes + bucket + reduced),
         )
 
-    done, full = last_norm_bytes(job) if last_chunk else 0.0, _reduced_copy(job, job.bucket_elements)
-    moments = [at(more - done, weights, reduced=full if weights else 0.0) for more, weights in block_moments(job)]
+    done, copied = last_norm_bytes(job) if last_chunk else 0.0, _reduced_copy(job, job.bucket_elements, False)
+    moments = [at(more - done, weights, reduced=copied if weights else 0.0) for more, weights in block_moments(job)]
     moments.append(_first_bucket(job, rank, max(moments, key=lambda stage: stage.total_bytes), last_chunk))
     if last_chunk:
         head = job.vocabulary_rows * job.shape.hidden
         moments.append(at(copies_bytes(job, HEAD_COPIES), head, w * logits))
         if head > job.bucket_elements:  # it waits for the last norm's gradient, and is reduced on its own
-            moments.append(at(stream_bytes(job) - done, head, reduced=_reduced_copy(job, head)))
+            moments.append(at(stream_bytes(job) - done, head, reduced=_reduced_copy(job, head, True)))
         moments.append(at(moment_bytes(job, job.shape.last_norm_moment)))
     return max(moments, key=lambda stage: stage.total_bytes)
 
@@ -243,14 +243,15 @@ def _summed(job: Job, rank: int) -> float:
     return job.parameters(rank) / data + cut
 
 
-def _reduced_copy(job: Job, elements: float) -> float:
-    """Bytes beside gradients or a bucket of them while they are reduced: the type in which this is done, or ZeRO-3's
-    order of partitions.
+def _reduced_copy(job: Job, elements: float, alone: bool) -> float:
+    """Bytes of the copy that `reduce: microbatch` makes of gradients: in the type in which they are reduced, and for
+    ZeRO-3, unless one is alone, in the order of partitions.
     """
     if job.reduce == "step":
         return 0.0
     reduced = job.reduced_bytes or job.shape.element_bytes
-    return reduced * elements if job.zero == 3 or reduced != job.shape.element_bytes else 0.0
+    as_it_is = reduced == job.shape.element_bytes and (job.zero < 3 or alone)
+    return 0.0 if as_it_is else reduced * elements
 
 
 def _first_bucket(job: Job, rank: int, inside: StageMemory, last_chunk: bool) -> StageMemory:
