@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,8 +56,10 @@ def uncounted_on_cpu(dtype: torch.dtype) -> Iterator[None]:
 
     Masks for attention of fewer queries than keys (under a dispatch mode torch can't make the class that stands for
     them, either), and gloo's copy of what it reduces and scatters. Collectives that are waited for at once exchange
-    copies: gloo's threads let go of what they exchanged some time after, or later under load.
+    copies: gloo's threads let go of what they exchanged some time after, or later under load. DeepSpeed must have
+    started: it looks up collectives once.
     """
+    backend = sys.modules["deepspeed.comm.comm"].cdb
 
     @functools.cache
     def lower_right(queries: int, keys: int) -> Tensor:
@@ -65,24 +68,26 @@ def uncounted_on_cpu(dtype: torch.dtype) -> Iterator[None]:
             return torch.zeros(queries, keys, dtype=dtype).masked_fill(hidden, float("-inf"))
 
     def uncounted(collective: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(collective)
-        written, read = list(signature.parameters)[:2]
+        names = list(inspect.signature(collective).parameters)  # first comes what it writes
 
-        def run(*args: Any, **kwargs: Any) -> Any:  # DeepSpeed gives names
-            values = signature.bind(*args, **kwargs).arguments
+        def run(*args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
             with _disable_current_modes():
-                if values.get("async_op"):
-                    return collective(**values)
-                copy = torch.empty_like(values[written])
-                collective(**{**values, written: copy, read: values[read].clone()})
-                values[written].copy_(copy)
+                if given.get("async_op"):
+                    return collective(**given)
+                copies = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
+                collective(**{**given, **copies})
+                given[names[0]].copy_(copies[names[0]])
             return None
 
         return run
 
     with (
         mock.patch("torch.nn.attention.bias.causal_lower_right", lower_right),
+        mock.patch("torch.distributed.all_reduce", uncounted(dist.all_reduce)),
         mock.patch("torch.distributed.all_gather_into_tensor", uncounted(dist.all_gather_into_tensor)),
         mock.patch("torch.distributed.reduce_scatter_tensor", uncounted(dist.reduce_scatter_tensor)),
+        mock.patch.object(backend, "all_gather_function", uncounted(backend.all_gather_function)),
+        mock.patch.object(backend, "reduce_scatter_function", uncounted(backend.reduce_scatter_function)),
     ):
         yield

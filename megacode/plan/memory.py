@@ -168,20 +168,23 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
     bucket = w * job.bucket_elements if job.contiguous_gradients and job.reduce == "microbatch" and job.zero < 3 else 0
     bucket *= 1 + job.overlap_comm  # from the first gradient on
 
-    def at(activations: float, weights: float = 0.0, logits: float = 0.0) -> StageMemory:
+    def at(activations: float, weights: float = 0.0, logits: float = 0.0, reduced: float = 0.0) -> StageMemory:
         return replace(
             common,
             activations_bytes=int(kept + activations),
             gradients_bytes=int(common.gradients_bytes + w * weights),
             logits_bytes=int(logits),
-            buffers_bytes=common.buffers_bytes + bucket,
+            buffers_bytes=int(common.buffers_bytes + bucket + reduced),
         )
 
-    done = last_norm_bytes(job) if last_chunk else 0.0
-    moments = [at(activations - done, weights) for activations, weights in block_moments(job)]
+    done, copied = last_norm_bytes(job) if last_chunk else 0.0, _reduced_copy(job, job.bucket_elements, False)
+    moments = [at(more - done, weights, reduced=copied if weights else 0.0) for more, weights in block_moments(job)]
     moments.append(_first_bucket(job, rank, max(moments, key=lambda stage: stage.total_bytes), last_chunk))
     if last_chunk:
-        moments.append(at(copies_bytes(job, HEAD_COPIES), job.vocabulary_rows * job.shape.hidden, w * logits))
+        head = job.vocabulary_rows * job.shape.hidden
+        moments.append(at(copies_bytes(job, HEAD_COPIES), head, w * logits))
+        if head > job.bucket_elements:  # it waits for the last norm's gradient, and is reduced on its own
+            moments.append(at(stream_bytes(job) - done, head, reduced=_reduced_copy(job, head, True)))
         moments.append(at(moment_bytes(job, job.shape.last_norm_moment)))
     return max(moments, key=lambda stage: stage.total_bytes)
 
@@ -238,6 +241,17 @@ def _summed(job: Job, rank: int) -> float:
     data = job.layout.zero_size
     cut = job.shape.largest_matrix / job.layout.tensor if job.shape.element_bytes == 4 and data > 1 else 0.0
     return job.parameters(rank) / data + cut
+
+
+def _reduced_copy(job: Job, elements: float, alone: bool) -> float:
+    """Bytes of the copy that `reduce: microbatch` makes of gradients: in the type in which they are reduced, and for
+    ZeRO-3, unless one is alone, in the order of partitions.
+    """
+    if job.reduce == "step":
+        return 0.0
+    reduced = job.reduced_bytes or job.shape.element_bytes
+    as_it_is = reduced == job.shape.element_bytes and (job.zero < 3 or alone)
+    return 0.0 if as_it_is else reduced * elements
 
 
 def _first_bucket(job: Job, rank: int, inside: StageMemory, last_chunk: bool) -> StageMemory:

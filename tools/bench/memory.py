@@ -114,7 +114,7 @@ def live_bytes(recipe: Recipe, mesh: Mesh) -> int:
     from megacode.parallel.live import LiveBytes, uncounted_on_cpu
 
     importlib.import_module("torch._dynamo")  # zero.Init imports it while torch.Tensor is patched, which it refuses
-    start_deepspeed()  # it looks up collectives by name, once
+    start_deepspeed()
     whole = [micro_batch(*batch) for batch in step_batches(recipe, 0, mesh.data_rank, mesh.data)]
     batches = [own_part(batch, mesh.context, mesh.context_rank) for batch in whole]
     with uncounted_on_cpu(DTYPES[recipe.precision]), LiveBytes() as live:
