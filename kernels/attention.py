@@ -18,6 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megacode.kernels.flash_attention import flash_attention
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor of the host that the host does not wait for: to a GPU, from pinned memory."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Segments:
     """The stretches of tokens that attention stays inside of, a packed document each.
@@ -45,9 +52,8 @@ class Segments:
 
     def to(self, device: torch.device) -> Self:
         """The same for attention on a device."""
-        moved = self.cu_seqlens.to(device, non_blocking=True)
-        same = self.cu_seqlens_k is self.cu_seqlens
-        moved_k = moved if same else self.cu_seqlens_k.to(device, non_blocking=True)
+        moved = to_device(self.cu_seqlens, device)
+        moved_k = moved if self.cu_seqlens_k is self.cu_seqlens else to_device(self.cu_seqlens_k, device)
         return replace(self, cu_seqlens=moved, cu_seqlens_k=moved_k)
 
 
@@ -89,13 +95,15 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_cudnn(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
-    """`attention_torch` by cuDNN alone: an error where it does not serve."""
+    """`attention_torch` by cuDNN alone, without segments: an error where it does not serve."""
+    assert segments is None, "it has no call for segments of one token"
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return attention_torch(q, k, v, segments)
 
 
 def attention_sdpa_flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
-    """`attention_torch` by torch's own flash attention alone: an error where it does not serve."""
+    """`attention_torch` by torch's own flash attention alone, without segments: an error where it does not serve."""
+    assert segments is None, "it has no call for empty segments"
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return attention_torch(q, k, v, segments)
 

@@ -31,7 +31,7 @@ class Task:
     hidden: int = 4096
     segments: bool = False
     """Whether attention stays inside of segments: packed documents, or the parts of sequences that context ranks have.
-    No backend may ignore them; some can only serve them by a call a segment."""
+    No backend may ignore them; some cannot serve them."""
     capability: tuple[int, int] = (0, 0)
     """Of a CUDA device: (8, 0) for an A100, (9, 0) for an H100 or H200."""
 
@@ -41,6 +41,9 @@ def task(device: torch.device, dtype: torch.dtype, **shape: Any) -> Task:
     cuda = device.type == "cuda" and torch.cuda.is_available()
     return Task(device, dtype, **shape, capability=torch.cuda.get_device_capability(device) if cuda else (0, 0))
 
+
+FLASH_ATTN = ("flash_attn_func", "flash_attn_varlen_func")
+"""What is called of flash-attn 2 and 3. (4 has another interface in the same namespace.)"""
 
 Reason = Callable[[Task], str | None]
 
@@ -85,8 +88,11 @@ def _not_on_cuda(task: Task) -> str | None:
 
 
 def _not_bf16(task: Task) -> str | None:
-    word = str(task.dtype).removeprefix("torch.")
-    return None if task.dtype == torch.bfloat16 else f"it computes in bfloat16 and this is {word}"
+    return None if task.dtype == torch.bfloat16 else f"it computes in bfloat16 and this is {_word(task.dtype)}"
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _older_than(major: int, task: Task, name: str) -> str | None:
@@ -95,7 +101,9 @@ def _older_than(major: int, task: Task, name: str) -> str | None:
 
 
 def _triton(task: Task) -> str | None:
-    return _not_on_cuda(task) or _older_than(8, task, "an A100") or import_failure("triton", "triton")
+    known = task.dtype in (torch.bfloat16, torch.float32)
+    other = None if known else f"it computes in bfloat16 and float32 and this is {_word(task.dtype)}"
+    return _not_on_cuda(task) or _older_than(8, task, "an A100") or other or import_failure("triton", "triton")
 
 
 def _triton_norm(task: Task) -> str | None:
@@ -104,16 +112,17 @@ def _triton_norm(task: Task) -> str | None:
 
 def _apex(task: Task) -> str | None:
     missing = None if packages.nvidia_apex_available() else "NVIDIA's apex is not installed (github.com/NVIDIA/apex)"
-    return _not_on_cuda(task) or missing
+    return _not_on_cuda(task) or missing or import_failure("fused_layer_norm_cuda", "apex, from github.com/NVIDIA/apex")
 
 
 def _liger(task: Task) -> str | None:
-    return _triton(task) or import_failure("liger_kernel.ops", "liger-kernel")
+    names = "LigerRMSNormFunction", "LigerSiLUMulFunction"
+    return _triton(task) or import_failure("liger_kernel.ops", "'liger-kernel>=0.8'", *names)
 
 
 def _flash_attn(task: Task) -> str | None:
     refusal = _not_on_cuda(task) or _older_than(8, task, "an A100") or _not_bf16(task) or _wider_heads(256, task)
-    refusal = refusal or import_failure("flash_attn", "flash-attn")
+    refusal = refusal or import_failure("flash_attn", "flash-attn", *FLASH_ATTN, "__version__")
     if refusal is not None:
         return refusal
     version = str(importlib.import_module("flash_attn").__version__)
@@ -128,7 +137,7 @@ def _flash_attn(task: Task) -> str | None:
 def _flash_attn_3(task: Task) -> str | None:
     other = None if task.capability[0] == 9 else "it is made for Hopper (H100, H200)"
     refusal = _not_on_cuda(task) or other or _not_bf16(task) or _wider_heads(256, task)
-    return refusal or import_failure("flash_attn_interface", "flash_attn_3")
+    return refusal or import_failure("flash_attn_interface", "flash_attn_3", *FLASH_ATTN)
 
 
 def _triton_attention(task: Task) -> str | None:
@@ -137,7 +146,12 @@ def _triton_attention(task: Task) -> str | None:
 
 def _sdpa(task: Task) -> str | None:
     unaligned = None if task.head_dim % 8 == 0 else f"it needs a head_dim in eights and this is {task.head_dim}"
-    return _not_on_cuda(task) or _older_than(8, task, "an A100") or _not_bf16(task) or unaligned
+    packed = "it has no call for packed documents or parts of sequences" if task.segments else None
+    return _not_on_cuda(task) or _older_than(8, task, "an A100") or _not_bf16(task) or unaligned or packed
+
+
+def _sdpa_flash(task: Task) -> str | None:
+    return _sdpa(task) or _wider_heads(256, task)
 
 
 def _sdpa_cudnn(task: Task) -> str | None:
@@ -149,27 +163,24 @@ def _wider_heads(limit: int, task: Task) -> str | None:
     return f"its head_dim is at most {limit} and this is {task.head_dim}" if task.head_dim > limit else None
 
 
-def _call_a_segment(task: Task) -> str | None:
-    return "it would need a call for each document" if task.segments else None
-
-
-def _slow_before_hopper(task: Task) -> str | None:
-    # transformers' pull request 48163: 1.7 to 2.3 times torch's flash attention on Hopper, 0.82 times on an A100.
-    before = "before Hopper torch's flash attention is faster" if task.capability < (9, 0) else None
-    return before or _call_a_segment(task)
+def _slow_off_hopper(task: Task) -> str | None:
+    # transformers' pull request 48163: 1.7 to 2.3 times torch's flash attention on Hopper, 0.82 times on an A100, 0.88
+    # times on Blackwell.
+    return None if task.capability[0] == 9 else "torch's flash attention is faster on all but Hopper"
 
 
 Table = dict[str, dict[str, Backend]]
 """Operation -> backends in the order in which `auto` prefers them; one of them serves everywhere, without drawback."""
 
-# The last one is plain torch. The order on GPUs follows published figures (docs/benchmarks.md), not yet our own.
+# The last one is plain torch. The order of attention on GPUs follows published figures (docs/benchmarks.md), with ours,
+# of which there are none yet, behind them; between the products ours is first for the bytes that it moves.
 TABLE: Table = {
     "attention": {
         "flash_attn_3": Backend(_flash_attn_3, packages.attention_flash_3),
-        "cudnn": Backend(_sdpa_cudnn, attention_cudnn, _slow_before_hopper),
+        "cudnn": Backend(_sdpa_cudnn, attention_cudnn, _slow_off_hopper),
         "flash_attn": Backend(_flash_attn, packages.attention_flash),
+        "sdpa_flash": Backend(_sdpa_flash, attention_sdpa_flash),
         "triton": Backend(_triton_attention, attention_triton),
-        "sdpa_flash": Backend(_sdpa, attention_sdpa_flash, _call_a_segment),
         "torch": Backend(_none, attention_torch),
     },
     "rope": {

@@ -12,22 +12,23 @@ from torch import Tensor
 from megacode.kernels.attention import Segments
 
 
-def import_failure(module: str, package: str) -> str | None:
-    """Why `module` of the PyPI package `package` cannot be used; None if it can.
+def import_failure(module: str, package: str, *names: str) -> str | None:
+    """Why `module` of the PyPI package `package`, and these names in it, cannot be used; None if they can.
 
     It is imported: a wheel built for another torch is found but does not load, so looking for it is not enough.
     """
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return f"it is not installed (pip install {package})"
     try:
-        importlib.import_module(module)
-    except (ImportError, OSError) as error:
+        found = importlib.import_module(module)
+    except Exception as error:  # a package that is broken may raise anything
         return f"it is installed but does not import: {' '.join(str(error).split())}"
-    return None
+    missing = [name for name in names if not hasattr(found, name)]
+    return f"the installed one has no {module}.{missing[0]} (pip install {package})" if missing else None
 
 
 def nvidia_apex_available() -> bool:
-    """Whether the `apex` that would be imported is NVIDIA's, with its fused RMSNorm.
+    """Whether the `apex` that would be imported is NVIDIA's, with a fused RMSNorm.
 
     PyPI's `apex` is an unrelated project whose import may fail, so the name alone proves nothing, and nothing is
     imported unless there is an `apex.normalization`, which only NVIDIA's has.
@@ -38,12 +39,12 @@ def nvidia_apex_available() -> bool:
         return False
     try:
         return hasattr(importlib.import_module("apex.normalization"), "FusedRMSNorm")
-    except (ImportError, OSError):
+    except Exception:  # a package that is broken may raise anything
         return False
 
 
 def attention_flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
-    """`attention_torch` by flash-attn 2 (Dao 2023), or by 4 and later, whose interface is the same: CUDA and bf16 only.
+    """`attention_torch` by flash-attn 2 (Dao 2023): CUDA and bf16 only.
 
     Since its version 2.1 the queries are the last of the keys' tokens, as here.
     """
@@ -93,5 +94,5 @@ def add_rms_norm_liger(x: Tensor, residual: Tensor, weight: Tensor, epsilon: flo
 
 
 def swiglu_liger(gate: Tensor, up: Tensor) -> Tensor:
-    """`swiglu_torch` by Liger. Backward writes over gate and up."""
+    """`swiglu_torch` by Liger. Backward writes over gate and up and does not tell autograd: it can be called once."""
     return importlib.import_module("liger_kernel.ops").LigerSiLUMulFunction.apply(gate, up)

@@ -191,7 +191,7 @@ class KernelsSection(Section):
     """Which backend computes an operation. auto: the fastest that is right for device, dtype, shape and mask; a start
     says which and why. One that is named and cannot serve ends the start with the reason."""
 
-    attention: Literal["auto", "flash_attn_3", "cudnn", "flash_attn", "triton", "sdpa_flash", "torch"] = "auto"
+    attention: Literal["auto", "flash_attn_3", "cudnn", "flash_attn", "sdpa_flash", "triton", "torch"] = "auto"
     """Causal attention, inside of documents where there are document masks."""
     rope: Literal["auto", "triton", "torch"] = "auto"
     """Rotary positions of q and k."""

@@ -47,6 +47,10 @@ def check_optimizer(device: torch.device) -> Finding:
     return Finding("optimizer fp32", "ok", f"{chosen}: {'; '.join(texts)}")
 
 
+WHOLE = "whole sequences"
+"""The one case of attention for backends that know no segments."""
+
+
 def _heads(batch: int, sequence: int, heads: int, head_dim: int = 32) -> Tensor:
     return torch.randn(batch, sequence, heads, head_dim, dtype=torch.float64)
 
@@ -61,6 +65,7 @@ def _attention() -> dict[str, list[Any]]:
     fewer = Segments.between([0, 10, 11, 40, 64], [0, 37, 38, 100, 128])
     k, v = _heads(2, 128, 2), _heads(2, 128, 2)
     return {
+        WHOLE: [_heads(2, 128, 4), k, v, None],
         "documents": [_heads(2, 128, 4), k, v, documents],
         # What context parallelism asks for: the queries are the last of the keys' tokens.
         "fewer queries than keys": [_heads(2, 48, 4), k, v, None],
@@ -107,13 +112,15 @@ def check_twins(device: torch.device) -> Iterator[Finding]:
         for operation, backends in dispatch.TABLE.items():
             for name, backend in backends.items():
                 if backend.refusal(dispatch.task(device, dtype)) is None:
-                    yield check_twin(operation, name, backend.function, device, dtype)
+                    packed = backend.refusal(dispatch.task(device, dtype, segments=True)) is None
+                    yield check_twin(operation, name, backend.function, device, dtype, packed)
 
 
 def check_twin(
-    operation: str, name: str, function: Callable[..., Any], device: torch.device, dtype: torch.dtype
-) -> Finding:
-    """One backend against the twin, the last of the operation's table."""
+    operation: str, name: str, function: Callable[..., Any], device: torch.device, dtype: torch.dtype,
+    packed: bool = True,
+) -> Finding:  # fmt: skip
+    """One backend against the twin, the last of the operation's table; without segments if it is not `packed`."""
     title = f"{operation} {word(dtype)} by {name}"
     if operation not in INPUTS:
         return Finding(title, "skipped", "the doctor has no case for this operation")
@@ -121,6 +128,8 @@ def check_twin(
     twin = list(dispatch.TABLE[operation].values())[-1].function
     worst, errors = "", (0.0, 0.0)
     for case, inputs in INPUTS[operation]().items():
+        if not packed and case != WHOLE:
+            continue
         try:
             found = _errors(function, twin, inputs, device, dtype)
         except Exception as error:
@@ -149,7 +158,9 @@ def _errors(
 
 
 def _mend(operation: str, name: str) -> str:
-    return f"install {name} for this torch again" if name != "torch" else "install torch again: its own kernels err"
+    if name == "torch":
+        return "install torch again: its own kernels err"
+    return f"ask for another in the recipe (kernels.{operation.removeprefix('add_')}: torch), and update {name}"
 
 
 def _differentiable(x: Any) -> bool:

@@ -23,7 +23,7 @@ CHANGED = 2
 """The document that is changed; it has others before and behind it in its sequence."""
 NOISE = 4
 """How much more than two equal runs a run with a changed document may differ: both are maxima of random numbers."""
-MEND = "set data.document_masks: false, and install the attention backend for this torch again"
+MEND = "ask for another in the recipe (kernels.attention: torch), or set data.document_masks: false"
 
 
 def check_leakage(device: torch.device) -> Iterator[Finding]:

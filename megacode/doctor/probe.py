@@ -19,14 +19,16 @@ from megacode.data.stream import step_indices
 from megacode.doctor.outcome import GRADIENT, WEIGHT, Outcome
 from megacode.doctor.samples import RandomSamples, Samples
 from megacode.engine.optimizer import param_groups, torch_adamw
-from megacode.engine.zero import ZeroEngine, start_deepspeed
+from megacode.engine.zero import DTYPES, ZeroEngine, start_deepspeed
+from megacode.kernels.dispatch import TABLE, choose_all, task
 from megacode.model.layers import IGNORE, PlainLayers, Slice, initial_values, part_of
 from megacode.model.llama import Llama
+from megacode.parallel.build import with_served_kernels
 from megacode.parallel.context import own_part
 from megacode.parallel.mesh import Mesh, build_mesh
 from megacode.parallel.pipeline import MicroBatch
 from megacode.plan.layout import Layout, fit
-from megacode.recipe import ParallelSection, Recipe
+from megacode.recipe import KernelsSection, ParallelSection, Recipe
 from megacode.train.launch import find_device, find_place
 
 
@@ -48,7 +50,8 @@ def _reference(recipe: str, steps: int) -> Outcome:
 
 def alike(recipe: Recipe) -> Recipe:
     """The recipe without what must not matter: two that are alike so are the same training."""
-    return recipe.model_copy(update={"parallel": ParallelSection(), "precision": "fp32", "deepspeed_config": None})
+    update = {"parallel": ParallelSection(), "precision": "fp32", "deepspeed_config": None, "kernels": KernelsSection()}
+    return recipe.model_copy(update=update)
 
 
 def start_weights(recipe: Recipe) -> Callable[[str, Slice], Tensor]:
@@ -61,8 +64,10 @@ def start_weights(recipe: Recipe) -> Callable[[str, Slice], Tensor]:
 def one_process(recipe: Recipe, samples: Samples, steps: int, device: torch.device | str = "cpu") -> Outcome:
     """The recipe's training in one process, in fp32: plain torch, whole parameters, no DeepSpeed."""
     device, clip, started = torch.device(device), recipe.optimizer.clip, time.monotonic()
+    # Whatever `auto` would take on a GPU: the layouts take that, and what errs in both would not be seen.
+    plain = choose_all(task(device, torch.float32), dict.fromkeys(TABLE, "torch"))
     with device:
-        model = Llama(recipe.model, PlainLayers(device, torch.float32))
+        model = Llama(recipe.model, PlainLayers(device, torch.float32, choices=plain))
     start, parameters = start_weights(recipe), dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -104,6 +109,8 @@ def in_layout(recipe: Recipe, samples: Samples, steps: int) -> Outcome:
     start_deepspeed()
     layout, device = fit(recipe, dist.get_world_size()), find_device(find_place())
     mesh = mesh_of(layout)
+    # In fp32, or on the CPU, not every kernel serves that the recipe may ask for.
+    recipe = with_served_kernels(recipe, device, DTYPES[recipe.precision])
     engine = ZeroEngine(recipe, layout, mesh, device)
     start = start_weights(recipe)
     for name, parameter in engine.parameters.items():

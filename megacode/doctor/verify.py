@@ -16,8 +16,9 @@ from megacode.doctor.outcome import Deviation, Differences, Outcome, combine, de
 from megacode.doctor.probe import in_layout, one_process
 from megacode.doctor.processes import RanksError
 from megacode.doctor.samples import StreamSamples
-from megacode.engine.zero import check_config
+from megacode.engine.zero import DTYPES, check_config
 from megacode.errors import UserError
+from megacode.parallel.build import with_served_kernels
 from megacode.plan.cases import Case, cases
 from megacode.plan.model import num_parameters
 from megacode.recipe import Recipe
@@ -87,8 +88,9 @@ def prepare(recipe: Recipe, texts: Sequence[str], factor: float) -> tuple[Recipe
     rate = PEAK_SHARE * recipe.optimizer.learning_rate
     optimizer = recipe.optimizer.model_copy(update={"learning_rate": rate})
     recipe, found = cases(recipe.model_copy(update={"optimizer": optimizer}), texts, factor)
+    device = training_device()
     for case in found:
-        check_config(case.recipe, training_device())
+        check_config(with_served_kernels(case.recipe, device, DTYPES[case.recipe.precision]), device)
     start.open_streams(recipe, tokenizer)
     if recipe.checkpoint.start_from is not None:
         start.open_weights(recipe, Path(recipe.checkpoint.start_from)).verify()

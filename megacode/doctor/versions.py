@@ -90,7 +90,7 @@ def check_flash_attn(cuda: bool) -> Finding:
     return Finding(
         "flash-attn",
         "missing",
-        "not needed: attention is PyTorch's own; faster under document masks",
+        "not needed: PyTorch's attention or ours serves; the fastest on most GPUs",
         "pip install flash-attn --no-build-isolation (a wheel for this torch saves an hour of compiling)",
     )
 

@@ -19,7 +19,7 @@ from megacode.engine.config import deepspeed_config
 from megacode.engine.optimizer import OPERATION, choose, make
 from megacode.model.layers import part_of
 from megacode.model.llama import Block
-from megacode.parallel.build import build_chunks
+from megacode.parallel.build import build_chunks, choose_kernels
 from megacode.parallel.heartbeat import communicating, doing, finishing
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.pipeline import MicroBatch, Pipeline
@@ -33,11 +33,12 @@ check_version = private.check_version
 
 
 def check_config(recipe: Recipe, device: torch.device) -> None:
-    """Refuse a DeepSpeed file or a backend of the optimizer that the engine could not be made with on the device.
+    """Refuse a DeepSpeed file, or a backend of kernels or optimizer, that no engine could be made with on the device.
 
     Raises:
         UserError: names the file and the key, or the backend and what it lacks.
     """
+    choose_kernels(recipe, device, DTYPES[recipe.precision])
     choose(recipe, device)
     private.check_config(deepspeed_config(recipe), recipe.deepspeed_config)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megacode.errors import UserError
 from megacode.kernels.attention import Segments
-from megacode.kernels.dispatch import Choice, UnservableError, choose_all, task
+from megacode.kernels.dispatch import Choice, Task, UnservableError, choose, choose_all, task
 from megacode.model.layers import PlainLayers
 from megacode.model.llama import Llama
 from megacode.parallel.context import ContextAttention
@@ -48,7 +48,7 @@ def build_chunks(recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.devic
     UserError when a kernel that the recipe asks for cannot serve here.
     """
     recompute, split_sequence = recipe.parallel.recompute, recipe.parallel.sequence
-    choices = _kernels(recipe, mesh, device, dtype)
+    choices = choose_kernels(recipe, device, dtype)
     layers = (
         TensorLayers(mesh, device, dtype, recompute, split_sequence, choices)
         if mesh.tensor > 1
@@ -66,10 +66,29 @@ def build_chunks(recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.devic
     )
 
 
-def _kernels(recipe: Recipe, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
-    shape = {"head_dim": recipe.model.head_dim, "hidden": recipe.model.hidden}
-    segments = recipe.data.document_masks or mesh.context > 1
+def with_served_kernels(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Recipe:
+    """The recipe with `auto` for each kernel that it names and that cannot serve here."""
+    served = {}
+    for operation, backend in recipe.kernels.model_dump().items():
+        try:
+            choose(operation, _task(recipe, device, dtype), backend)
+            served[operation] = backend
+        except UnservableError:
+            served[operation] = "auto"
+    return recipe.model_copy(update={"kernels": recipe.kernels.model_copy(update=served)})
+
+
+def choose_kernels(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
+    """The backend of each operation of the model, by its name in `dispatch.TABLE`.
+
+    UserError when one that the recipe names cannot serve; says why.
+    """
     try:
-        return choose_all(task(device, dtype, **shape, segments=segments), recipe.kernels.model_dump())
+        return choose_all(_task(recipe, device, dtype), recipe.kernels.model_dump())
     except UnservableError as error:
-        raise UserError(f"recipe section kernels: {error}") from None
+        raise UserError(f"kernels: {error}") from None
+
+
+def _task(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Task:
+    shape = {"head_dim": recipe.model.head_dim, "hidden": recipe.model.hidden}
+    return task(device, dtype, **shape, segments=recipe.data.document_masks or recipe.parallel.context > 1)

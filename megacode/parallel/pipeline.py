@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megacode.kernels.attention import Segments
+from megacode.kernels.attention import to_device as to_device
 from megacode.parallel.heartbeat import communicating, doing
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.phases import measure
@@ -51,13 +52,6 @@ class MicroBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: to_device(value, device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **tensors, segments=self.segments and self.segments.to(device))
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a tensor of the host that the host does not wait for: to a GPU, from pinned memory."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 Forward = Callable[[int, Tensor, MicroBatch, bool], Tensor]

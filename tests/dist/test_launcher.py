@@ -184,6 +184,8 @@ def test_an_error_of_a_rank_is_told_and_ends_the_run(recipe):
         (["--deepspeed_config", "/nowhere/ds.json"], "deepspeed_config: cannot read /nowhere/ds.json"),
         (["logging.profile_steps=[9]"], "logging.profile_steps: no step 9"),
         (["parallel.zero=2"], "ds_configs/zero3.json: zero_optimization.stage is 3"),
+        (["kernels.attention=triton"], "kernels: backend 'triton' of attention cannot serve here: it needs a CUDA device"),
+        (["kernels.rope=cuda"], "kernels.rope: Input should be 'auto', 'triton' or 'torch', not 'cuda'"),
         (["schedule.steps=many"], "schedule.steps: Input should be a valid integer, not 'many'"),
         (["tokenizer.path=launchers"], "launchers"),
         (["data.train=tests"], "tests"),

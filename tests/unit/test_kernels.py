@@ -1,5 +1,6 @@
 """Attention and the choice of backends, on the CPU."""
 
+import inspect
 import itertools
 import sys
 from dataclasses import replace
@@ -9,12 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.training import recipe
 from torch import Tensor
 
+from megacode.errors import UserError
 from megacode.kernels import dispatch, packages
 from megacode.kernels.attention import Segments, attention_torch
 from megacode.kernels.dispatch import UnservableError
 from megacode.kernels.packages import attention_flash, attention_flash_3
+from megacode.parallel.build import choose_kernels, with_served_kernels
 from megacode.recipe import KernelsSection
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -120,7 +124,7 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
 def package(tmp_path, monkeypatch):
     """Writes modules that are found before any installed ones, and forgets them afterwards."""
 
-    tops = ("apex", "flash_attn", "flash_attn_interface", "normalization")
+    tops = ("apex", "flash_attn", "flash_attn_interface", "liger_kernel", "normalization")
 
     def loaded() -> list[str]:
         return [name for name in sys.modules if name.partition(".")[0] in tops]
@@ -229,14 +233,19 @@ def test_attention_follows_device_mask_and_shape(package, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     package({"flash_attn.py": FLASH_ATTN, "flash_attn_interface.py": FLASH_ATTN})
-    assert order(HOPPER) == ["flash_attn_3", "cudnn", "flash_attn", "triton", "sdpa_flash", "torch"]
-    assert order(AMPERE) == ["flash_attn", "triton", "sdpa_flash", "torch"]
+    assert order(HOPPER) == ["flash_attn_3", "cudnn", "flash_attn", "sdpa_flash", "triton", "torch"]
+    assert (
+        order(AMPERE) == order(replace(HOPPER, capability=(10, 0))) == ["flash_attn", "sdpa_flash", "triton", "torch"]
+    )
     assert order(replace(HOPPER, segments=True)) == ["flash_attn_3", "flash_attn", "triton", "torch"]
+    assert order(replace(HOPPER, head_dim=320)) == ["torch"]
     assert order(replace(HOPPER, dtype=torch.float32)) == ["triton", "torch"]
     assert order(replace(HOPPER, head_dim=192)) == ["flash_attn_3", "flash_attn", "sdpa_flash", "torch"]
     assert order(replace(HOPPER, capability=(7, 5))) == ["torch"]
-    # What would be slow can be asked for, what would be wrong cannot.
-    assert dispatch.choose("attention", replace(AMPERE, segments=True), "cudnn").reason == "asked for"
+    # What would be slow can be asked for, what can't serve cannot.
+    assert dispatch.choose("attention", AMPERE, "cudnn").reason == "asked for"
+    with pytest.raises(UnservableError, match="it has no call for packed documents"):
+        dispatch.choose("attention", replace(HOPPER, segments=True), "cudnn")
     with pytest.raises(UnservableError, match="its head_dim is at most 128 and this is 192"):
         dispatch.choose("attention", replace(HOPPER, head_dim=192), "triton")
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
@@ -247,11 +256,11 @@ def test_attention_follows_device_mask_and_shape(package, monkeypatch):
 def test_the_reason_names_what_was_passed_over(package, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     package({"flash_attn.py": FLASH_ATTN})
-    choice = dispatch.choose("attention", replace(AMPERE, segments=True))
+    choice = dispatch.choose("attention", AMPERE)
     assert choice.function is attention_flash
     assert choice.reason == (
         "not flash_attn_3: it is made for Hopper (H100, H200); "
-        "not cudnn: before Hopper torch's flash attention is faster"
+        "not cudnn: torch's flash attention is faster on all but Hopper"
     )
     choice = dispatch.choose("rms_norm", CPU_TASKS[0])
     assert choice.reason == "not triton, apex, liger: it needs a CUDA device and this one is cpu"
@@ -277,6 +286,55 @@ def test_flash_attn_that_does_not_load_is_passed_over_aloud(package):
     choice = dispatch.choose("attention", AMPERE)
     assert choice.name != "flash_attn"
     assert "installed but does not import: flash_attn_2_cuda.so: undefined symbol" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"flash_attn/cute/__init__.py": ""}, "the installed one has no flash_attn.flash_attn_func"),  # version 4
+        ({"flash_attn.py": "raise RuntimeError('operator is registered twice')"}, "registered twice"),
+    ],
+    ids=["4", "broken"],
+)
+def test_flash_attn_that_is_another_or_broken_is_passed_over(package, files, words):
+    package(files)
+    assert words in dispatch.choose("attention", AMPERE).reason
+
+
+def test_an_old_liger_and_an_apex_without_its_extension_are_refused(package):
+    pytest.importorskip("triton")
+    package(
+        {
+            "liger_kernel/__init__.py": "",
+            "liger_kernel/ops/__init__.py": "",
+            "apex/__init__.py": "",
+            "apex/normalization/__init__.py": RMS_NORM,
+        }
+    )
+    with pytest.raises(UnservableError, match=r"has no liger_kernel.ops.LigerRMSNormFunction .*'liger-kernel>=0.8'"):
+        dispatch.choose("rms_norm", AMPERE, "liger")
+    with pytest.raises(UnservableError, match="'apex' of rms_norm cannot serve here: it is not installed"):
+        dispatch.choose("rms_norm", AMPERE, "apex")
+
+
+def test_the_real_liger_has_what_is_called():
+    """Its functions' parameters, by the names and places that are given; its kernels need a GPU."""
+    ops = pytest.importorskip("liger_kernel.ops")
+    norm = list(inspect.signature(ops.LigerRMSNormFunction.forward).parameters)
+    assert norm[1:7] == ["X", "W", "eps", "offset", "casting_mode", "in_place"]
+    assert list(inspect.signature(ops.LigerSiLUMulFunction.forward).parameters)[1:3] == ["a", "b"]
+
+
+def test_a_recipe_decides_who_computes():
+    config = recipe(kernels={"rope": "torch"})
+    choices = choose_kernels(config, CPU, torch.float32)
+    assert (choices["rope"].reason, choices["swiglu"].reason) != ("asked for", "asked for")
+    assert choices["rope"].reason == "asked for"
+    forced = recipe(kernels={"attention": "triton", "swiglu": "torch"})
+    with pytest.raises(UserError, match="kernels: backend 'triton' of attention cannot serve here: it needs a CUDA"):
+        choose_kernels(forced, CPU, torch.float32)
+    served = with_served_kernels(forced, CPU, torch.float32)
+    assert (served.kernels.attention, served.kernels.swiglu) == ("auto", "torch")
 
 
 RMS_NORM = "class FusedRMSNorm: pass"

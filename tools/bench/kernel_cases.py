@@ -46,7 +46,7 @@ class Case:
     rivals: dict[str, Function | str]
     """Who else computes it, by name, or why it cannot."""
     exact: Function
-    """The twin in plain torch."""
+    """The twin in plain torch, that is asked in fp32."""
     weighed: bool = False
     """Whether the memory that a call takes is measured as well."""
 
@@ -104,7 +104,10 @@ def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _compiled(function: Function, device: torch.device) -> Function | str:
-    return torch.compile(function) if device.type == "cuda" else "torch.compile is compared on CUDA only"
+    if device.type != "cuda":
+        return "torch.compile is compared on CUDA only"
+    torch._dynamo.reset()  # or else the second size would get a graph for all sizes
+    return torch.compile(function, dynamic=False)
 
 
 def _liger(function: Function, device: torch.device) -> Function | str:
@@ -137,9 +140,13 @@ def add_norm_eager(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) 
     return total, norm_eager(total, weight, epsilon)
 
 
-def rope_eager(q: Tensor, k: Tensor, positions: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    """LlamaRotaryEmbedding and apply_rotary_pos_emb."""
-    cos, sin = _tables(q, positions, theta, head_dim)
+Tables = tuple[Tensor, Tensor]
+"""cos and sin [1, tokens, head_dim], which transformers makes once a forward for all layers."""
+
+
+def rope_eager(tables: Tables, q: Tensor, k: Tensor, positions: Tensor, theta: float, head_dim: int) -> Tables:
+    """apply_rotary_pos_emb."""
+    cos, sin = tables
 
     def turn(x: Tensor) -> Tensor:
         x = x.unflatten(-1, (-1, head_dim))
@@ -149,18 +156,18 @@ def rope_eager(q: Tensor, k: Tensor, positions: Tensor, theta: float, head_dim: 
     return turn(q), turn(k)
 
 
-def rope_liger(q: Tensor, k: Tensor, positions: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Liger's, with the tables that it is given, in place."""
-    cos, sin = _tables(q, positions, theta, head_dim)
+def rope_liger(tables: Tables, q: Tensor, k: Tensor, positions: Tensor, theta: float, head_dim: int) -> Tables:
+    """Liger's, in place."""
+    cos, sin = tables
     q, k = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k))
     q, k = importlib.import_module("liger_kernel.ops").LigerRopeFunction.apply(q, k, cos, sin)
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
-def _tables(q: Tensor, positions: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    angles = positions[..., None].float() * inverse_frequencies(head_dim, theta, q.device)
+def _tables(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> Tables:
+    angles = torch.arange(tokens, device=device)[None, :, None] * inverse_frequencies(head_dim, THETA, device)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def swiglu_eager(gate: Tensor, up: Tensor) -> Tensor:
@@ -224,7 +231,9 @@ def _rope(device: torch.device, dtype: torch.dtype, tokens: int, heads: int, kv_
         return [q, k, torch.arange(tokens, device=device)[None], THETA, 128]
 
     w = dtype.itemsize * tokens * (heads + kv_heads) * 128
-    rivals = _eager_and_compiled(rope_eager, device) | {"liger": _liger(rope_liger, device)}
+    tables = _tables(device, dtype, tokens, 128)
+    rivals = _eager_and_compiled(partial(rope_eager, tables), device)
+    rivals |= {"liger": _liger(partial(rope_liger, tables), device)}
     return Case(
         "rope", f"{tokens} x ({heads} + {kv_heads}) x 128", dispatch.task(device, dtype), arguments,
         Cost(2 * w), Cost(2 * w), rivals, _twin("rope"),
@@ -292,6 +301,12 @@ def _swiglu_packed(device: torch.device, dtype: torch.dtype, tokens: int) -> Cas
     )  # fmt: skip
 
 
+def _attention_exact(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """The twin, with as many key heads as queries have: torch has no fp32 kernel for groups that fits in memory."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    return _twin("attention")(q, k, v, segments)
+
+
 def _attention(
     device: torch.device, dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, head_dim: int, documents: int
 ) -> Case:
@@ -303,5 +318,5 @@ def _attention(
     return Case(
         "attention", size, dispatch.task(device, dtype, head_dim=head_dim, segments=documents > 1),
         lambda: [*(_random(device, dtype, 1, tokens, count, head_dim) for count in counts), segments],
-        Cost(flops=flops), Cost(flops=2.5 * flops), {}, _twin("attention"),
+        Cost(flops=flops), Cost(flops=2.5 * flops), {}, _attention_exact,
     )  # fmt: skip
