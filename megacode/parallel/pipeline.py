@@ -205,6 +205,7 @@ class Pipeline:
                     scalar = y.sum() * loss_scale if received is None else _Seed.apply(y, received)
                     backward(scalar, number == last_backward)
                 send = x.grad if stage > 0 else None
+                del x, y, scalar  # their graph would hold what was received through the next forward
             following = operations[number + 1] if number + 1 < len(operations) else None
             received, work = self._exchange((operation, send) if send is not None else None, following, batches, sends)
         sends.wait()

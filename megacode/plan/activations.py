@@ -53,17 +53,15 @@ def moment_bytes(job: Job, moment: Moment) -> float:
     return job.local_tokens * split + copies_bytes(job, moment.copies) + temporaries
 
 
-def block_moments(job: Job) -> list[tuple[float, float]]:
-    """(bytes of activations beyond those kept, elements of weights' gradients) at the worst moments of a block's
-    backward, on one device.
-    """
+def block_moments(job: Job) -> list[tuple[float, Moment]]:
+    """The worst moments of a block's backward, and the bytes of activations beyond those kept on one device."""
     again = 0.0
     if job.recompute == "full":
         again = activation_bytes(replace(job, recompute="none"))
         again += job.local_tokens * job.shape.block.kept_again / job.layout.tensor
         again -= stream_bytes(job)  # the block's input, which is there already
     return [
-        (again + moment_bytes(job, moment), moment.weights / job.layout.tensor)
+        (again + moment_bytes(job, moment), moment)
         for moment in job.shape.block.moments
         if job.recompute in moment.recompute
     ]

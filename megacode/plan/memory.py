@@ -178,7 +178,10 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
         )
 
     done, copied = last_norm_bytes(job) if last_chunk else 0.0, _reduced_copy(job, job.bucket_elements, False)
-    moments = [at(more - done, weights, reduced=copied if weights else 0.0) for more, weights in block_moments(job)]
+    moments = [
+        at(more - done, moment.weights / layout.tensor, reduced=copied if moment.reduced else 0.0)
+        for more, moment in block_moments(job)
+    ]
     moments.append(_first_bucket(job, rank, max(moments, key=lambda stage: stage.total_bytes), last_chunk))
     if last_chunk:
         head = job.vocabulary_rows * job.shape.hidden

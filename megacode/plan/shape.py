@@ -63,6 +63,8 @@ class Moment:
     recompute: tuple[Recompute, ...] = ("none", "selective", "full")
     """The policies of recomputation under which the moment comes."""
     part: Part | None = None
+    reduced: bool = False
+    """Whether it is one of reducing a bucket of gradients."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,7 @@ def _llama_moments(w: int, h: int, f: int) -> tuple[Moment, ...]:
     around = (1, 1, 2)  # of gate and up: the gradient of the input, and under sequence parallelism the gathered input
     return (
         Moment("down", w * f, stream, (0, 0, 1), h * f, kept),
+        Moment("down's gradient reduced", 0, stream, weights=h * f, reduced=True),
         Moment("swiglu", 2 * w * f, stream, recompute=kept, part=swiglu),
         Moment("gate, up", -w * f, stream, around, 2 * h * f, kept),
         Moment("norm", -3 * w * f, stream + w * h, recompute=kept, part=norm),
