@@ -10,13 +10,14 @@ import typer
 
 from megacode.errors import UserError
 from megacode.recipe import OptimizerSection
-from megacode.tools.bench.processes import Figures, command_line, figures_of
+from megacode.tools.bench.processes import Figures, Team, command_line, figures_of
 from megacode.tools.output import JsonFile, json_output
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 SECTION = OptimizerSection(learning_rate=1e-4)
+ANSWER_SECONDS = 300.0
 
 
 def makers(device: str) -> dict[str, Callable[[list[dict[str, Any]]], Optimizer]]:
@@ -42,14 +43,18 @@ def makers(device: str) -> dict[str, Callable[[list[dict[str, Any]]], Optimizer]
     return found
 
 
-def measure(device: str, parameters: int, steps: int, threads: int) -> dict[str, Figures]:
+def serve(device: str, parameters: int) -> Callable[[str, int], dict[str, Figures]]:
+    """What the process serves: the figures of so many steps."""
+    return lambda request, steps: measure(device, parameters, steps)
+
+
+def measure(device: str, parameters: int, steps: int) -> dict[str, Figures]:
     """Milliseconds of a step of each, in turns, so that a disturbance of the machine meets all.
 
     The parameters are one flat fp32 tensor, as ZeRO hands them to the optimizer; the first step is the warm-up.
     """
     import torch
 
-    torch.set_num_threads(threads)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     made = {}
     for name, maker in makers(device).items():
@@ -85,7 +90,9 @@ def main(
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device {device}: there is none here")
     with json_output(json_file) as write:
-        found = measure(device, parameters, steps, threads)
+        team = Team(serve, (device, parameters), 1, threads, ANSWER_SECONDS, device)
+        found = team.ask("steps", steps)[0]
+        team.stop()
         print("| AdamW's step by | ms, median (lowest, highest) |\n| --- | --- |")
         for name, (middle, low, high) in found.items():
             print(f"| {name} | {middle:.1f} ({low:.1f}, {high:.1f}) |")
