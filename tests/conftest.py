@@ -1,5 +1,11 @@
 """Warm worlds, shared by all tests of a session."""
 
+import os
+
+# One thread for each process, as long as nobody says otherwise: threads that wait for one another on cores which other
+# processes have are hundreds of times slower than one. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable, Iterator
 
 import pytest
