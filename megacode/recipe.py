@@ -375,6 +375,13 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merge(_read(path.parent / str(base), (*seen, path.resolve())), values)
 
 
+def files_of(path: str | Path) -> list[Path]:
+    """Of a recipe that `load` has read: its file and those that it is based on."""
+    path = Path(path)
+    base = _parse(path.read_text(encoding="utf-8")).get("base")
+    return [path.resolve(), *(files_of(path.parent / str(base)) if base is not None else [])]
+
+
 def _is_section(key: str) -> bool:
     field = Recipe.model_fields.get(key)
     return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)

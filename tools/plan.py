@@ -78,6 +78,11 @@ def plan(
     if memory_gib is not None and not memory_gib > 0:
         raise UserError(f"--memory-gib must be above 0, not {memory_gib:g}")
     config = recipes.load(recipe, overrides)
+    for option, file in (("--write", write), ("--json", json_file)):
+        if file is not None and file.resolve() in recipes.files_of(recipe):
+            raise UserError(f"{option}: {file} is the recipe, or one that it is based on; name another file")
+    if write is not None and not write.absolute().parent.is_dir():
+        raise UserError(f"--write: {write.parent} is no folder; make it, or name another file")
     planned = _with_vocabulary(config)
     limit_gib = hardware.memory_gib - RESERVED_GIB if memory_gib is None else memory_gib
     searching = searching or write is not None

@@ -110,7 +110,7 @@ def in_layout(recipe: Recipe, samples: Samples, steps: int) -> Outcome:
     layout, device = fit(recipe, dist.get_world_size()), find_device(find_place())
     mesh = mesh_of(layout)
     # In fp32, or on the CPU, not every kernel serves that the recipe may ask for.
-    recipe = with_served_kernels(recipe, device, DTYPES[recipe.precision])
+    recipe, _ = with_served_kernels(recipe, device, DTYPES[recipe.precision])
     engine = ZeroEngine(recipe, layout, mesh, device)
     start = start_weights(recipe)
     for name, parameter in engine.parameters.items():

@@ -90,7 +90,10 @@ def prepare(recipe: Recipe, texts: Sequence[str], factor: float) -> tuple[Recipe
     recipe, found = cases(recipe.model_copy(update={"optimizer": optimizer}), texts, factor)
     device = training_device()
     for case in found:
-        check_config(with_served_kernels(case.recipe, device, DTYPES[case.recipe.precision]), device)
+        served, refused = with_served_kernels(case.recipe, device, DTYPES[case.recipe.precision])
+        for operation, error in refused.items():
+            print(f"{case.words}: kernels.{operation} is taken for auto, since {error}", flush=True)
+        check_config(served, device)
     start.open_streams(recipe, tokenizer)
     if recipe.checkpoint.start_from is not None:
         start.open_weights(recipe, Path(recipe.checkpoint.start_from)).verify()

@@ -22,6 +22,9 @@ RECIPE_OWNS = {
 }
 """Top-level keys of DeepSpeed that a recipe decides, and where it does."""
 
+ELEMENTS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters")
+"""Keys of zero_optimization that the plan reckons with."""
+
 ZERO_OWNS = {"stage3_max_reuse_distance": "parallel.gather"}
 """Keys of zero_optimization that a recipe decides."""
 
@@ -33,6 +36,10 @@ REFUSED = {
     "zero_optimization.zero_hpz_partition_size": "checkpoints would not find the weights",
     "zero_optimization.zero_quantized_weights": "checkpoints would not find the weights",
     "zero_optimization.zero_quantized_gradients": "the reduced gradients would not be the step's",
+    "prescale_gradients": "the recipe's loss is scaled once",
+    "gradient_predivide_factor": "the recipe's loss is scaled once",
+    "tensor_parallel": "say parallel.tensor in the recipe",
+    "wandb": "say logging.wandb in the recipe",
 }
 """Keys that what runs here does not stand, and why; false, 1 and auto are the same as leaving them out."""
 
@@ -131,6 +138,14 @@ def _check(recipe: Recipe, config: dict[str, Any], zero: dict[str, Any]) -> None
         value = (zero if section else config).get(name)
         if value not in (None, False, 1, "auto") or value is True:
             raise UserError(f"{path}: {key} can't be used ({reason}); remove it")
+    reduced = config.get("communication_data_type", "auto")
+    if reduced not in (None, "auto", "fp32", "bf16"):
+        raise UserError(f"{path}: communication_data_type is {reduced!r}; say fp32 or bf16")
+    for key in ELEMENTS:
+        value = zero.get(key, "auto")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if value != "auto" and not number:
+            raise UserError(f"{path}: zero_optimization.{key} is {value!r}; give a number of elements, or auto")
     _check_offload(recipe, zero)
 
 

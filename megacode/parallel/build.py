@@ -66,16 +66,18 @@ def build_chunks(recipe: Recipe, layout: Layout, mesh: Mesh, device: torch.devic
     )
 
 
-def with_served_kernels(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Recipe:
-    """The recipe with `auto` for each kernel that it names and that cannot serve here."""
-    served = {}
+def with_served_kernels(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype
+) -> tuple[Recipe, dict[str, UnservableError]]:
+    """The recipe with `auto` for each kernel that it names and that cannot serve here, and why these cannot."""
+    refused = {}
     for operation, backend in recipe.kernels.model_dump().items():
         try:
             choose(operation, _task(recipe, device, dtype), backend)
-            served[operation] = backend
-        except UnservableError:
-            served[operation] = "auto"
-    return recipe.model_copy(update={"kernels": recipe.kernels.model_copy(update=served)})
+        except UnservableError as error:
+            refused[operation] = error
+    kernels = recipe.kernels.model_copy(update=dict.fromkeys(refused, "auto"))
+    return recipe.model_copy(update={"kernels": kernels}), refused
 
 
 def choose_kernels(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:

@@ -95,6 +95,8 @@ class Heartbeat:
         self._kind, self._axis, self._peer = b"", b"", -1
         self._entered = [0] * len(AXES)
         self._seconds = [0.0] * len(PARTS)
+        self.halted = False
+        """Whoever takes something up stands still instead: the process ends in another thread."""
         self._mark()
 
     def _mark(self) -> None:
@@ -196,8 +198,11 @@ def doing(state: str, patient: bool = False) -> None:
         state: at most 80 bytes of UTF-8; what is longer is cut.
         patient: whether it may take long without another mark.
     """
-    if _heartbeat is not None:
-        _heartbeat.do(state, patient)
+    mine = _heartbeat
+    if mine is not None:
+        while mine.halted:
+            time.sleep(1.0)
+        mine.do(state, patient)
 
 
 def add_phases(seconds: dict[str, float]) -> None:

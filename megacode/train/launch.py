@@ -80,7 +80,7 @@ def start_process_group(place: Place, device: torch.device, timeout_seconds: flo
     timeout = timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
+    elif place.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:  # launchers set it to 1 where there are several
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
     try:
         if device.type == "cuda":

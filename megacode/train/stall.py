@@ -162,6 +162,7 @@ class StallWatch:
     def _judge(self, seen: Mapping[int, Seen]) -> None:
         verdict = judge(seen, self.layout)
         code = self._claim(verdict)
+        self.heart.halted = True
         records = [each.record for each in seen.values() if each.record is not None and each.process != "ended"]
         processes = [[record.rank, record.host, record.pid, record.started] for record in records]
         told = {"verdict": verdict.conclusion, "code": code, "unix_time": time.time(), "processes": processes}
@@ -184,6 +185,7 @@ class StallWatch:
 
     def _leave(self, code: int, processes: list[list]) -> NoReturn:
         """End, with those of this machine that can't by themselves; of a stall, once the stacks of all are written."""
+        self.heart.halted = True  # a rank that is woken for its stacks would let all go on
         try:
             machine = self.machine.look()
             asleep = [record for record, process in machine.values() if process in ("stopped", "held")]

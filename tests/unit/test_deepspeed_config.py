@@ -79,7 +79,7 @@ def test_no_auto_is_left_for_deepspeed(tmp_path):
         ({"foo": 3}, r"deepspeed\.json: zero_optimization\.foo: unknown to DeepSpeed [\d.]+; remove it"),
         ({"overlap_com": True}, r"zero_optimization\.overlap_com: unknown to .*; did you mean overlap_comm\?"),
         ({"offload_param": {"device": "cpu", "foo": 1}}, r"zero_optimization\.offload_param\.foo: unknown"),
-        ({"reduce_bucket_size": "many"}, r"zero_optimization\.reduce_bucket_size: Input should be a valid integer"),
+        ({"reduce_bucket_size": "many"}, r"zero_optimization\.reduce_bucket_size is .many.; give a number"),
     ],
 )
 def test_what_deepspeed_would_refuse_is_a_line(tmp_path, section, message):
@@ -99,6 +99,26 @@ def test_what_deepspeed_would_refuse_is_a_line(tmp_path, section, message):
 def test_a_key_that_deepspeed_would_not_read_is_a_line(tmp_path, key, message):
     with pytest.raises(UserError, match=message):
         check_config(zero3(tmp_path, **{key: {}}), CPU)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"communication_data_type": "fp16"}, "communication_data_type is 'fp16'; say fp32 or bf16"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "big"}},
+            "reduce_bucket_size is 'big'; give a number",
+        ),
+        ({"zero_optimization": {"reduce_bucket_size": 0}}, "reduce_bucket_size is 0; give a number of elements"),
+        ({"prescale_gradients": True}, r"prescale_gradients can't be used \(the recipe's loss is scaled once\)"),
+        ({"gradient_predivide_factor": 4}, "gradient_predivide_factor can't be used"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel can't be used"),
+        ({"wandb": {"enabled": True}}, r"wandb can't be used \(say logging.wandb in the recipe\)"),
+    ],
+)
+def test_what_would_train_otherwise_is_a_line_for_the_plan_too(tmp_path, values, message):
+    with pytest.raises(UserError, match=message):
+        deepspeed_config(zero3(tmp_path, **values))
 
 
 class Asked(dict):

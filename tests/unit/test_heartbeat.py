@@ -123,3 +123,16 @@ def test_a_file_that_another_process_has_mapped_is_replaced_not_shortened(heart,
 def test_half_a_file_is_no_record(path):
     path.write_bytes(b"\0" * 20)
     assert read(path) is None
+
+
+def test_who_takes_something_up_in_a_process_that_ends_stands_still(heart, path):
+    doing("reading data")
+    heart.halted = True
+    main = threading.Thread(target=doing, args=("writing a checkpoint",), daemon=True)
+    main.start()
+    main.join(timeout=0.2)
+    assert main.is_alive()
+    assert read(path).state == "reading data"
+    heart.halted = False
+    main.join(timeout=5)
+    assert read(path).state == "writing a checkpoint"

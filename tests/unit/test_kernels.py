@@ -333,7 +333,8 @@ def test_a_recipe_decides_who_computes():
     forced = recipe(kernels={"attention": "triton", "swiglu": "torch"})
     with pytest.raises(UserError, match="kernels: backend 'triton' of attention cannot serve here: it needs a CUDA"):
         choose_kernels(forced, CPU, torch.float32)
-    served = with_served_kernels(forced, CPU, torch.float32)
+    served, refused = with_served_kernels(forced, CPU, torch.float32)
+    assert list(refused) == ["attention"]
     assert (served.kernels.attention, served.kernels.swiglu) == ("auto", "torch")
 
 

@@ -261,3 +261,17 @@ def test_planning_imports_no_torch(tmp_path):
     command = [sys.executable, "-c", code, "plan", str(tmp_path / "mine.yaml"), "--gpus", "64", "--search"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_written_does_not_replace_the_recipe_or_its_base(tmp_path):
+    write(tmp_path / "base.yaml")
+    kept = (tmp_path / "base.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\n")
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "base.yaml")
+    for option, name in (("--write", "mine"), ("--write", "base"), ("--write", "link"), ("--json", "base")):
+        done = run(tmp_path / "mine.yaml", "--gpus", 64, option, tmp_path / f"{name}.yaml")
+        assert done.exit_code != 0
+        assert "name another file" in str(done.exception)
+    assert (tmp_path / "base.yaml").read_text() == kept
+    done = run(tmp_path / "mine.yaml", "--gpus", 64, "--write", tmp_path / "none" / "fast.yaml")
+    assert "--write:" in str(done.exception)

@@ -26,7 +26,7 @@ from megacode.plan.memory import recipe_job, worst_stage
 from megacode.plan.model import flops_per_token, num_parameters
 from megacode.plan.search import Choice, apply, search
 from megacode.plan.units import GIB
-from megacode.recipe import Recipe
+from megacode.recipe import ModelSection, Recipe
 from megacode.tools.bench import ours, peers
 from megacode.tools.bench.contest import SEED
 from megacode.tools.bench.corpus import write_shards, write_tokenizer
@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     # 0.2 million: the tool's own test.
     "nano": {"preset": "nano", "vocabulary": 1024},
 }  # fmt: skip
+LENGTHS = {"7b": [4096, 16384], "1b": [4096, 16384], "13b": [4096, 16384], "nano": [128]}
 FORMULA = "6 (N - V h) + 6 L h s floating-point operations a token (causal: s / 2 keys a token on average)"
 WARM_UP = 2
 """Steps that do not count: kernels are compiled and memory is asked for."""
@@ -286,7 +287,7 @@ def _try(
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help=f"{', '.join(MODELS)}; may be repeated.")] = None,
-    sequence_length: Annotated[list[int] | None, typer.Option(help="Tokens; may be repeated.")] = None,
+    sequence_length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens; may be repeated.")] = None,
     step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one optimizer step.")] = 65_536,
     steps: Annotated[int, typer.Option(min=1, help=f"Steps that are measured, after {WARM_UP} to warm up.")] = 5,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the tool itself.")] = "cuda",
@@ -303,6 +304,13 @@ def main(
     for name in model or []:
         if name not in MODELS:
             raise UserError(f"--model {name} is unknown; known are {', '.join(MODELS)}")
+    trainings = [(name, length) for name in model or ["7b", "1b", "13b"] for length in sequence_length or LENGTHS[name]]
+    for name, length in trainings:
+        most = ModelSection.model_validate(MODELS[name]).max_positions
+        if not length <= min(most, step_tokens):
+            raise UserError(f"--sequence-length {length}: at most {most} for {name}, and --step-tokens ({step_tokens})")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json: {json_file.parent} is no folder; make it, or name another file")
     started = time.monotonic()
     report = Report(_look_at(device))
     _progress(
@@ -310,14 +318,14 @@ def main(
         f"{report.device.matmul_teraflops:.3g} TFLOP/s"
     )
     with tempfile.TemporaryDirectory() as folder:
-        for name in model or ["7b", "1b", "13b"]:
+        for name in dict(trainings):
             _write_data(Path(folder), name, (WARM_UP + steps + 1) * step_tokens)
-            for length in sequence_length or [4096, 16384]:
-                if time.monotonic() - started > 60 * minutes:
-                    report.skipped.append(f"{name} at {length:,}: no time is left (--minutes {minutes:g})")
-                    continue
-                run_case(report, name, recipe_of(name, length, step_tokens, Path(folder)), steps)
-                report.write(json_file)
+        for name, length in trainings:
+            if time.monotonic() - started > 60 * minutes:
+                report.skipped.append(f"{name} at {length:,}: no time is left (--minutes {minutes:g})")
+                continue
+            run_case(report, name, recipe_of(name, length, step_tokens, Path(folder)), steps)
+            report.write(json_file)
     report.write(json_file)
     print(table(report))
     if report.failed or not report.rows:
