@@ -22,8 +22,8 @@ RECIPE_OWNS = {
 }
 """Top-level keys of DeepSpeed that a recipe decides, and where it does."""
 
-ELEMENTS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters")
-"""Keys of zero_optimization that the plan reckons with."""
+ELEMENTS = {"reduce_bucket_size": 1, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0}
+"""Keys of zero_optimization that the plan reckons with, and their least values."""
 
 ZERO_OWNS = {"stage3_max_reuse_distance": "parallel.gather"}
 """Keys of zero_optimization that a recipe decides."""
@@ -141,9 +141,9 @@ def _check(recipe: Recipe, config: dict[str, Any], zero: dict[str, Any]) -> None
     reduced = config.get("communication_data_type", "auto")
     if reduced not in (None, "auto", "fp32", "bf16"):
         raise UserError(f"{path}: communication_data_type is {reduced!r}; say fp32 or bf16")
-    for key in ELEMENTS:
+    for key, least in ELEMENTS.items():
         value = zero.get(key, "auto")
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= least
         if value != "auto" and not number:
             raise UserError(f"{path}: zero_optimization.{key} is {value!r}; give a number of elements, or auto")
     _check_offload(recipe, zero)
