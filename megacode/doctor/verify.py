@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, texts: Sequence[str], factor: float) -> tuple[Recipe
     for case in found:
         served, refused = with_served_kernels(case.recipe, device, DTYPES[case.recipe.precision])
         for operation, error in refused.items():
-            print(f"{case.words}: kernels.{operation} is taken for auto, since {error}", flush=True)
+            print(f"{case.words}: kernels.{operation} can't be as asked, and auto decides: {error}", flush=True)
         check_config(served, device)
     start.open_streams(recipe, tokenizer)
     if recipe.checkpoint.start_from is not None:

@@ -24,7 +24,7 @@ from megacode.engine.config import deepspeed_config, offloads_optimizer
 from megacode.errors import UserError
 from megacode.kernels import dispatch
 from megacode.kernels.dispatch import Backend, Choice, Row, Table, Task, UnservableError
-from megacode.kernels.packages import nvidia_apex_available
+from megacode.kernels.packages import import_failure, nvidia_apex_available
 from megacode.model.layers import part_of
 from megacode.parallel.heartbeat import awaiting_device, doing
 from megacode.recipe import OptimizerSection, Recipe
@@ -133,12 +133,8 @@ def _apex_refusal(task: Task) -> str | None:
         return f"it needs the masters on a CUDA device and they are on the {task.device.type}"
     if not nvidia_apex_available():
         return "NVIDIA's apex is not installed (github.com/NVIDIA/apex; PyPI's apex is another project)"
-    try:
-        importlib.import_module("amp_C")
-        importlib.import_module("apex.optimizers").FusedAdam  # noqa: B018
-    except (ImportError, OSError, AttributeError) as error:
-        return f"apex was installed without its CUDA extensions: {' '.join(str(error).split())}"
-    return None
+    source = "apex with its CUDA extensions, from github.com/NVIDIA/apex"
+    return import_failure("amp_C", source) or import_failure("apex.optimizers", source, "FusedAdam")
 
 
 def _deepspeed_refusal(task: Task) -> str | None:
