@@ -11,7 +11,7 @@ token and one sum of one over the ranks. Without a gradient 2 * V. What is kept 
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megacode.kernels.rows import at_least_fp32
+from megacode.kernels.rows import at_least_fp32, row_parts
 
 IGNORE = -100
 """Label of a token without loss."""
@@ -174,19 +174,18 @@ def _losses_torch(logits: Tensor, labels: Tensor, start: int, ranks: Ranks | Non
     local = local.masked_fill(foreign, 0).unsqueeze(1)
     wide = at_least_fp32(logits.dtype)
     tops, totals = logits.new_empty(2, tokens, dtype=wide), logits.new_empty(tokens, dtype=wide)
-    for rows in _blocks(logits):
-        part = logits[rows]
-        top = part.amax(1).to(wide).clamp_(min=LOWEST)
-        tops[0, rows], tops[1, rows] = top, part.gather(1, local[rows]).squeeze(1)
-        totals[rows] = (part - top.unsqueeze(1)).exp_().sum(1)
+    for part, place, top, chosen, total in row_parts(logits, local, *tops, totals):
+        torch.clamp(part.amax(1).to(wide), min=LOWEST, out=top)
+        chosen.copy_(part.gather(1, place).squeeze(1))
+        torch.sum((part - top.unsqueeze(1)).exp_(), 1, out=total)
     tops[1].masked_fill_(foreign, float("-inf"))
     losses = _combine(tops, totals, ignored, ranks)
     if factors is not None:
         scale, minus = factors / totals, factors.to(wide).masked_fill(foreign, 0.0).neg_()
-        for rows in _blocks(logits):
-            slope = (logits[rows] - tops[0, rows].unsqueeze(1)).exp_().mul_(scale[rows].unsqueeze(1))
-            slope.scatter_add_(1, local[rows], minus[rows].unsqueeze(1))
-            logits[rows] = slope.masked_fill_(ignored[rows].unsqueeze(1), 0.0)
+        columns_of = (x.unsqueeze(1) for x in (tops[0], scale, minus, ignored))
+        for part, place, top, factor, at_label, without in row_parts(logits, local, *columns_of):
+            slope = (part - top).exp_().mul_(factor).scatter_add_(1, place, at_label)
+            part.copy_(slope.masked_fill_(without, 0.0))
             del slope  # or else it would live beside the next
     return losses
 
@@ -233,19 +232,11 @@ def _combine(tops: Tensor, totals: Tensor, ignored: Tensor, ranks: Ranks | None)
     return (totals.log() - (tops[1] - tops[0])).masked_fill_(ignored, 0.0)
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Slices of rows: their fp32 copies stay in a processor's cache, or are large enough to keep a GPU busy."""
-    elements = 2**17 if logits.device.type == "cpu" else 2**24
-    size = max(1, elements // logits.shape[1])
-    return (slice(first, first + size) for first in range(0, logits.shape[0], size))
-
-
 def _rescale_torch(gradient: Tensor, factors: Tensor, expected: Tensor) -> None:
     if gradient.device.type == "cpu" and torch.equal(factors, expected):  # elsewhere to ask would be to wait
         return
-    ratio = (factors / expected).unsqueeze(1)
-    for rows in _blocks(gradient):
-        gradient[rows] *= ratio[rows]
+    for part, ratio in row_parts(gradient, (factors / expected).unsqueeze(1)):
+        part *= ratio
 
 
 def _rescale_triton(gradient: Tensor, factors: Tensor, expected: Tensor) -> None:

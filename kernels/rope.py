@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megacode.kernels.rows import row_parts
+
 
 @functools.cache
 def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -104,14 +106,6 @@ def _heads(x: Tensor, frequencies: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2 * len(frequencies)))
 
 
-_BLOCK = 2**19
-"""Elements that `_turn_torch` takes at a time.
-
-What is made of them stays in caches, and is not memory that is new to the process each time. Far fewer at a time would
-gain nothing: each operation ends with threads that wait for one another.
-"""
-
-
 def _turn_torch(
     x: Sequence[Tensor], out: Sequence[Tensor], positions: Tensor, frequencies: Tensor, inverse: bool
 ) -> None:
@@ -120,10 +114,7 @@ def _turn_torch(
     if inverse:
         sin = -sin
     for source, target in zip(x, out, strict=True):
-        columns = max(1, _BLOCK // max(1, source[:, :1].numel()))
-        for block, place, c, s in zip(
-            *(each.split(columns, dim=1) for each in (source, target, cos, sin)), strict=True
-        ):
+        for block, place, c, s in row_parts(source, target, cos, sin, dim=1):
             first, second = block.float().chunk(2, dim=-1)
             left, right = first * c, first * s
             place_first, place_second = place.chunk(2, dim=-1)

@@ -13,13 +13,16 @@ long in bf16 (docs/benchmarks.md): each passes through memory, in pages that are
 """
 
 
-def row_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of some rows after the other of tensors [rows, ...]: few at a time on the CPU, elsewhere all at once."""
+BUSY_ELEMENTS = 2**24
+"""64 MiB of them: enough to keep a GPU busy, and little of its memory."""
+
+
+def row_parts(*tensors: Tensor, dim: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """Views of some rows after the other of tensors with as many along `dim`; the first one says how many at a time."""
     first = tensors[0]
-    rows = len(first)
-    if first.device.type == "cpu":
-        rows = min(rows, max(1, CACHED_ELEMENTS // max(1, first[:1].numel())))
-    return zip(*(x.split(max(1, rows)) for x in tensors), strict=True)
+    elements = CACHED_ELEMENTS if first.device.type == "cpu" else BUSY_ELEMENTS
+    rows = max(1, elements // max(1, first.narrow(dim, 0, min(1, first.shape[dim])).numel()))
+    return zip(*(x.split(rows, dim) for x in tensors), strict=True)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from megacode.plan.activations import (
 )
 from megacode.plan.job import Job, Offload
 from megacode.plan.layout import Layout, vocabulary_rows
-from megacode.plan.shape import LOSS_PART_ELEMENTS, llama
+from megacode.plan.shape import PART_ELEMENTS, llama
 from megacode.recipe import Recipe
 
 SUB_GROUP_ELEMENTS = 10**9
@@ -164,7 +164,7 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
     )
     logits = job.local_tokens * job.vocabulary_rows if last_chunk else 0
     if load.kind == "forward":
-        return replace(common, logits_bytes=w * logits + 4 * min(logits, LOSS_PART_ELEMENTS))
+        return replace(common, logits_bytes=w * logits + 4 * min(logits, PART_ELEMENTS))
     bucket = w * job.bucket_elements if job.contiguous_gradients and job.reduce == "microbatch" and job.zero < 3 else 0
     bucket *= 1 + job.overlap_comm  # from the first gradient on
 

@@ -15,9 +15,7 @@ else not."""
 
 NONE_AND_SELECTIVE: tuple[Recompute, ...] = ("none", "selective")
 PART_ELEMENTS = 2**18
-"""The most elements that norms and SwiGLU in plain torch take at once (kernels/rows.py); Triton has no temporaries."""
-LOSS_PART_ELEMENTS = 2**17
-"""The most logits of which the loss in plain torch has fp32 copies at once (kernels/cross_entropy.py)."""
+"""The most elements that the kernels in plain torch take at once (kernels/rows.py); Triton has no temporaries."""
 
 
 @dataclass(frozen=True)

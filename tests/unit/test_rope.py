@@ -10,6 +10,7 @@ from support.triton_offline import interpret
 from torch import Tensor
 
 from megacode.kernels import rope as module
+from megacode.kernels import rows
 from megacode.kernels.rope import inverse_frequencies, rope_torch
 
 REGISTERS = 65536
@@ -57,7 +58,7 @@ def test_the_kernel_is_the_definition(interpreted, name):
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_of_the_twin_make_no_difference(monkeypatch, name):
     whole = rope.compute(rope_torch, CASES[name])
-    monkeypatch.setattr(module, "_BLOCK", 1)
+    monkeypatch.setattr(rows, "CACHED_ELEMENTS", 1)
     for key, value in rope.compute(rope_torch, CASES[name]).items():
         assert torch.equal(value, whole[key])
 
