@@ -22,8 +22,10 @@ JsonFile = Annotated[
 
 
 @contextlib.contextmanager
-def json_output(file: Path | None) -> Iterator[Callable[[Any], None]]:
+def json_output(file: Path | None) -> Iterator[Callable[..., None]]:
     """What writes a command's result to the file that `--json` names; it does nothing where none is named.
+
+    `write(values, whole=False)` writes as far as a long command has come: to a file, not to standard output.
 
     For `-` the result alone goes to standard output: what is printed within goes to standard error.
 
@@ -35,10 +37,10 @@ def json_output(file: Path | None) -> Iterator[Callable[[Any], None]]:
         raise UserError(f"--json: {file.parent} is no folder; make it, or name another file")
     stdout = sys.stdout
 
-    def write(values: Any) -> None:
+    def write(values: Any, whole: bool = True) -> None:
         text = json.dumps(values, indent=1) + "\n"
         if aside:
-            stdout.write(text)
+            stdout.write(text if whole else "")
         elif file is not None:
             try:
                 file.write_text(text, encoding="utf-8")

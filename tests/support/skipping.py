@@ -1,25 +1,26 @@
 """A training with a step whose update must be left out, in any layout."""
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from megacode.model.layers import IGNORE, initial_values, part_of
-from megacode.parallel.mesh import build_mesh
-from megacode.plan.layout import fit
+from megacode.parallel.mesh import Mesh, build_mesh
+from megacode.plan.layout import Layout, fit
 from megacode.recipe import Recipe
 from support.training import SEED, _mesh, micro_batch, samples
 
+if TYPE_CHECKING:
+    from megacode.engine.zero import ZeroEngine
+    from support.world import World
 
-def train(
-    config: Recipe, steps: list[tuple[int, str]]
-) -> tuple[dict[str, torch.Tensor], int, list[tuple[float, float]]]:
-    """One update per (number of the samples, what is wrong: "", "gradient" or "loss").
 
-    Returns this rank's weights and moments, Adam's step count, and of each step (norm, skipped).
-    """
+def start(config: Recipe) -> tuple[Layout, Mesh, ZeroEngine]:
+    """A rank's engine with the initial weights of a seed. Collective."""
     from megacode.engine.zero import ZeroEngine, start_deepspeed
 
     start_deepspeed()
@@ -29,6 +30,17 @@ def train(
     for name, parameter in engine.parameters.items():
         part = part_of(parameter)
         engine.write(name, part.take(initial_values(name, part, SEED)))
+    return plan, mesh, engine
+
+
+def train(
+    config: Recipe, steps: list[tuple[int, str]]
+) -> tuple[dict[str, torch.Tensor], int, list[tuple[float, float]]]:
+    """One update per (number of the samples, what is wrong: "", "gradient" or "loss").
+
+    Returns this rank's weights and moments, Adam's step count, and of each step (norm, skipped).
+    """
+    plan, mesh, engine = start(config)
     seen = []
     size, ranks = config.batch.micro_samples, mesh.zero_size
     for number, wrong in steps:
@@ -48,3 +60,14 @@ def train(
     count = engine.optimizer_step
     engine.engine.destroy()
     return state, count, seen
+
+
+def check_left_out(world: World, config: Recipe) -> None:
+    """A step whose gradients are not finite, between two others, changes nothing."""
+    good = world.run(train, config, [(0, ""), (2, "")])
+    bad = world.run(train, config, [(0, ""), (1, "gradient"), (2, "")])
+    for (want, _, _), (have, count, seen) in zip(good, bad, strict=True):
+        assert count == 2
+        assert [skipped for _, skipped in seen] == [0, 1, 0]
+        for name, value in want.items():
+            assert torch.equal(have[name], value), name

@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils import cpp_extension
 
-from megacode.plan.layout import fit
 from megacode.recipe import OptimizerSection, Recipe
-from support.training import SEED, _mesh, micro_batch, samples
+from support.skipping import start
+from support.training import micro_batch, samples
 
 Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Weight, mean of gradients, mean of squared gradients; float64."""
@@ -34,23 +35,14 @@ def is_compiled() -> bool:
     return root.is_dir() and next(root.rglob("cpu_adam.so"), None) is not None
 
 
+COMPILED = pytest.mark.skipif(not is_compiled(), reason="DeepSpeed's CPU Adam is not compiled here (it takes a minute)")
+
+
 def updates(config: Recipe, rates: list[float]) -> list[dict[str, Any]]:
     """A rank's engine after its start and after each update at the rates: of each parameter weight, moments, and the
     clipped gradient that the update was made of; with Adam's count under "count".
     """
-    import torch.distributed as dist
-
-    from megacode.engine.zero import ZeroEngine, start_deepspeed
-    from megacode.model.layers import initial_values, part_of
-    from megacode.parallel.mesh import build_mesh
-
-    start_deepspeed()
-    plan = fit(config, dist.get_world_size())
-    mesh = _mesh(build_mesh, plan.pipeline, plan.data, plan.tensor, 1)
-    engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
-    for name, parameter in engine.parameters.items():
-        part = part_of(parameter)
-        engine.write(name, part.take(initial_values(name, part, SEED)))
+    _, mesh, engine = start(config)
 
     def state() -> dict[str, Any]:
         keys = ("weight", "exp_avg", "exp_avg_sq")
@@ -77,22 +69,16 @@ def device_waits(config: Recipe, steps: int, as_deepspeed: bool) -> list[int]:
     """How often each step has DeepSpeed wait for the whole device, with its own timers or with ours."""
     from unittest import mock
 
-    import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
     from megacode.engine.config import deepspeed_config
-    from megacode.engine.zero import ZeroEngine, start_deepspeed
-    from megacode.parallel.mesh import build_mesh
 
     def with_its_timers(recipe: Recipe) -> dict[str, Any]:
         return {**deepspeed_config(recipe), "timers": {}}
 
-    start_deepspeed()
-    plan = fit(config, dist.get_world_size())
-    mesh = _mesh(build_mesh, plan.pipeline, plan.data, plan.tensor, 1)
     made = with_its_timers if as_deepspeed else deepspeed_config
     with mock.patch("megacode.engine.zero.deepspeed_config", made):
-        engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
+        _, mesh, engine = start(config)
     counts = []
     for number in range(steps):
         tokens, labels = samples(config, number)

@@ -105,5 +105,5 @@ def test_the_gradient_of_what_is_rotated_in_place_is_that_of_its_input():
 )
 def test_wrong_use_is_told_in_a_line(arguments, words):
     if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a CUDA device")
     assert words in str(run(*arguments).exception)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from deepspeed.ops.adam import cpu_adam
-from support.stepping import adamw, is_compiled
+from support.stepping import COMPILED, adamw
 from support.training import recipe
 from torch.utils import cpp_extension
 
@@ -105,12 +105,11 @@ def check_steps(backend: str, sizes: tuple[int, ...], step) -> None:
         torch.testing.assert_close(made.state[parameter]["exp_avg_sq"].double(), square, rtol=2e-6, atol=1e-7)
 
 
-compiled = pytest.mark.skipif(not is_compiled(), reason="DeepSpeed's CPU Adam is not compiled here (it takes a minute)")
 STEPS = pytest.mark.parametrize("step", [step_all_at_once, step_one_by_one])
 
 
 @STEPS
-@pytest.mark.parametrize("backend", ["torch", pytest.param("deepspeed", marks=compiled)])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("deepspeed", marks=COMPILED)])
 def test_each_backend_makes_the_step_of_adamw(backend, step):
     check_steps(backend, (7, 1000), step)
 
@@ -120,7 +119,7 @@ def test_the_step_through_apex_counts_each_tensor_for_itself(apex, step):
     check_steps("apex", (7, 1000), step)
 
 
-@pytest.mark.parametrize("backend", ["torch", "apex", pytest.param("deepspeed", marks=compiled)])
+@pytest.mark.parametrize("backend", ["torch", "apex", pytest.param("deepspeed", marks=COMPILED)])
 def test_a_step_that_must_be_left_out_changes_nothing(apex, backend):
     found = parameters(5)
     made = optimizer.TABLE[optimizer.OPERATION][backend].function(optimizer.param_groups(found, SECTION), SECTION, CPU)

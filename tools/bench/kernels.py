@@ -87,7 +87,7 @@ def main(
     with json_output(json_file) as write:
         facts, ceilings = _facts(where, precision), measure_ceilings(where, dtype)
         copy, products = _rate(ceilings.copy_terabytes, "TB/s"), _rate(ceilings.matmul_teraflops, "TFLOP/s")
-        print(f"{facts['device']}, {precision}, torch {facts['torch']}, triton {facts['triton']}")
+        print(f"{facts['device']}, {precision}, {', '.join(f'{k} {v}' for k, v in facts['versions'].items())}")
         print(f"measured here: copy {copy.strip()}, matmul {products.strip()}", flush=True)
         rows: list[Row] = []
         lines: set[str] = set()
@@ -98,8 +98,8 @@ def main(
                 if line not in lines:  # why somebody is missing, once an operation
                     print(line, flush=True)
                 lines.add(line)
-            if json_file != Path("-"):  # as far as it has come: the next case may need more memory than there is
-                write(facts | {"ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]})
+            # The next case may need more memory than there is.
+            write(facts | {"ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}, whole=False)
         write(facts | {"ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]})
     if png is not None:
         draw(rows, ceilings, facts["device"], png)
@@ -263,19 +263,13 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 def _facts(device: torch.device, precision: str) -> dict[str, Any]:
     import platform
-    from importlib import metadata
 
     import torch
 
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
+    from megacode.train.metrics import package_versions
 
-    packages = ("torch", "triton", "liger-kernel", "flash-attn", "flash-attn-3", "apex")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-    return {"device": name, "precision": precision} | {package: version(package) for package in packages}
+    return {"device": name, "precision": precision, "versions": package_versions()}
 
 
 def _line(row: Row) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +29,7 @@ from megacode.tools.bench import ours, peers
 from megacode.tools.bench.contest import SEED
 from megacode.tools.bench.corpus import write_shards, write_tokenizer
 from megacode.tools.bench.processes import Figures, Team, command_line, resident_peak
+from megacode.tools.output import JsonFile, json_output
 
 MODELS: dict[str, dict[str, Any]] = {
     "7b": {"preset": "code-llama-7b"},
@@ -169,9 +168,7 @@ def serve_device(kind: str) -> Callable[[str, int], Device]:
             wait()
             seconds.append((time.perf_counter() - started) / 10)
         versions = package_versions()
-        for package in ("transformers", "liger-kernel"):
-            with suppress(metadata.PackageNotFoundError):
-                versions[package] = metadata.version(package)
+        versions["transformers"] = metadata.version("transformers")
         name = torch.cuda.get_device_name() if cuda else "CPU"
         memory = torch.cuda.get_device_properties(0).total_memory if cuda else 8 * GIB
         speed = 2 * size**3 / median(seconds) / 1e12
@@ -239,10 +236,10 @@ class Report:
     skipped: list[str] = dataclasses.field(default_factory=list)
     failed: list[str] = dataclasses.field(default_factory=list)
 
-    def write(self, file: Path | None) -> None:
-        """Replace the file: after each row, since a run may be ended from outside."""
-        if file is not None:
-            file.write_text(json.dumps({"formula": FORMULA, **dataclasses.asdict(self)}, indent=1) + "\n", "utf-8")
+    @property
+    def values(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {"formula": FORMULA, **dataclasses.asdict(self)}
 
 
 def run_case(report: Report, model: str, recipe: Recipe, steps: int) -> None:
@@ -292,7 +289,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help=f"Steps that are measured, after {WARM_UP} to warm up.")] = 5,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the tool itself.")] = "cuda",
     minutes: Annotated[float, typer.Option(min=0, help="No further model is begun after so many.")] = 7.5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Train models in bf16 on one GPU with megacode's own loop and with transformers (and Liger, where installed).
 
@@ -309,15 +306,13 @@ def main(
         most = ModelSection.model_validate(MODELS[name]).max_positions
         if not length <= min(most, step_tokens):
             raise UserError(f"--sequence-length {length}: at most {most} for {name}, and --step-tokens ({step_tokens})")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"--json: {json_file.parent} is no folder; make it, or name another file")
     started = time.monotonic()
-    report = Report(_look_at(device))
-    _progress(
-        f"{report.device.name}, {report.device.memory_bytes / GIB:.1f} GiB; a large matmul attains "
-        f"{report.device.matmul_teraflops:.3g} TFLOP/s"
-    )
-    with tempfile.TemporaryDirectory() as folder:
+    with json_output(json_file) as write, tempfile.TemporaryDirectory() as folder:
+        report = Report(_look_at(device))
+        _progress(
+            f"{report.device.name}, {report.device.memory_bytes / GIB:.1f} GiB; a large matmul attains "
+            f"{report.device.matmul_teraflops:.3g} TFLOP/s"
+        )
         for name in dict(trainings):
             _write_data(Path(folder), name, (WARM_UP + steps + 1) * step_tokens)
         for name, length in trainings:
@@ -325,9 +320,9 @@ def main(
                 report.skipped.append(f"{name} at {length:,}: no time is left (--minutes {minutes:g})")
                 continue
             run_case(report, name, recipe_of(name, length, step_tokens, Path(folder)), steps)
-            report.write(json_file)
-    report.write(json_file)
-    print(table(report))
+            write(report.values, whole=False)  # a run may be ended from outside
+        write(report.values)
+        print(table(report))
     if report.failed or not report.rows:
         raise RuntimeError("; ".join(report.failed) or "nothing was measured")
 
@@ -379,7 +374,8 @@ def table(report: Report) -> str:
     lines.append(f"MFU: tokens/s x {FORMULA}, over the peak ({peak}) and over a bf16 matmul's "
                  f"{device.matmul_teraflops:.3g} TFLOP/s in this run")  # fmt: skip
     if peer_of(device.kind)[0] == "transformers":
-        lines.append("Liger is not installed, or this is a CPU: the peer is transformers alone")
+        why = "Liger is not installed" if device.kind == "cuda" else "Liger needs a GPU"
+        lines.append(f"{why}: the peer is transformers alone")
     return "\n".join([*lines, f"{device.name}; {', '.join(f'{k} {v}' for k, v in device.versions.items())}"])
 
 
