@@ -125,6 +125,8 @@ class DataSection(Section):
     """Share of the infilling documents in suffix-prefix-middle order (Code Llama: half)."""
     document_masks: bool = False
     """Attention and positions stop at document boundaries."""
+    workers: int = Field(default=1, ge=0)
+    """Processes of each rank that make its micro-batches ahead of the steps; 0: it makes each when it needs it."""
 
 
 class ParallelSection(Section):
