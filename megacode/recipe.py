@@ -114,9 +114,20 @@ class TokenizerSection(Section):
     """The SentencePiece model."""
 
 
+class SourceSection(Section):
+    """A source of training samples; they are blended by weight."""
+
+    name: str = Field(min_length=1)
+    """What metrics and checkpoints call it."""
+    weight: float = Field(gt=0)
+    """Its share of the samples; weights need not sum to 1."""
+    shards: list[str] = Field(min_length=1)
+    """Prefixes of its shards, or patterns of them with *, ? or ** (corpus/code-*)."""
+
+
 class DataSection(Section):
-    train: str
-    """Prefix of the training shards: PREFIX.bin and PREFIX.idx."""
+    train: str | list[SourceSection]
+    """Prefix of the training shards: PREFIX.bin and PREFIX.idx; or a list of sources that are blended."""
     valid: str | None = None
     """Prefix of the validation shards; left out, the run does not validate."""
     infilling_rate: float = Field(default=0.9, ge=0, le=1)
@@ -125,8 +136,30 @@ class DataSection(Section):
     """Share of the infilling documents in suffix-prefix-middle order (Code Llama: half)."""
     document_masks: bool = False
     """Attention and positions stop at document boundaries."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents become sequences: laid end to end and cut where a sequence is full (Code Llama); or packed so that
+    none is cut that fits into one."""
     workers: int = Field(default=1, ge=0)
     """Processes of each rank that make its micro-batches ahead of the steps; 0: it makes each when it needs it."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _check_train(cls, train: Any) -> Any:
+        """Pydantic would name what speaks against each member of the union."""
+        if not isinstance(train, list):
+            if not isinstance(train, str):
+                raise ValueError(f"must be a prefix, or a list of sources with name, weight and shards; not {train!r}")
+            return train
+        sources = []
+        for number, values in enumerate(train):
+            try:
+                sources.append(SourceSection.model_validate(values))
+            except ValidationError as error:
+                raise ValueError(f"source {number}: {_one_line(error, SourceSection)}") from None
+        names = [source.name for source in sources]
+        if len(set(names)) < max(1, len(names)):
+            raise ValueError(f"needs sources with names that differ, not {names}")
+        return sources
 
 
 class ParallelSection(Section):
@@ -411,13 +444,17 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
 
 
-def _one_line(error: ValidationError) -> str:
-    """The first mistake of a pydantic error, with the key's path and, for an unknown key, the nearest known one."""
+def _one_line(error: ValidationError, section: type[Section] | None = None) -> str:
+    """The first mistake of a pydantic error, with the key's path and, for an unknown key, the nearest known one.
+
+    Args:
+        section: that was validated; left out, a whole recipe.
+    """
     first, *others = error.errors()
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        known = _keys_at(Recipe, [str(part) for part in first["loc"][:-1]])
+        known = _keys_at(section or Recipe, [str(part) for part in first["loc"][:-1]])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         message = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(known)}"
     elif first["type"] == "missing":

@@ -168,7 +168,7 @@ def _write(folder: Path) -> None:
 def _summary(recipe: Any, receipt: dict[str, Any], seconds: dict[str, float]) -> None:
     from megacode.checkpoint.store import newest
     from megacode.data.shards import Shards
-    from megacode.data.stream import unigram_entropy
+    from megacode.data.validation import unigram_entropy
 
     run = Path(recipe.run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

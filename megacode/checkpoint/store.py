@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,14 @@ class Progress:
     """Tokens of a sample: sample numbers have a meaning only together with this and the corpus."""
     num_tokens: int
     """Length of the training corpus."""
+    packing: str = "concatenate"
+    """How it is cut into samples."""
+    order: int = 1
+    """Version of the order of samples."""
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the samples are blended of, in order: source -> weight, tokens, samples of an epoch, hash."""
+    ledger: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What was trained on: source -> samples, labels with loss, and those of them in infilling documents."""
 
 
 Read = Callable[[str, str], Tensor]

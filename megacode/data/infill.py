@@ -10,33 +10,92 @@ one text there, so no token is split at their joint. That a training document en
 the authors say that training documents have BOS and EOS, but not whether those of infilling do.
 """
 
-from megacode.data.counter import Purpose, below, chance, draw
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from megacode.data.counter import Purpose, below, chance, draw, key_of
+from megacode.data.packing import Int64Array, Kind
+from megacode.data.source import Source
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 
 
-def infill(
-    text: str, *, seed: int, epoch: int, document: int, tokenizer: Tokenizer, suffix_first_rate: float
-) -> list[int]:
+class Infiller:
+    """Decides which documents become infilling documents, and makes them.
+
+    Decision, cuts and order are a function of (key, epoch, document) alone. What becomes of the documents that lie
+    whole in their sample is counted: `uncut`, of these `infilled`, `irreversible` (chosen, but their ids do not come
+    back from their text), `unfitting` (chosen, but longer than their sample has room for) and `spanned` (chosen, but
+    with loss spans, which an infilling document would lose).
+
+    Args:
+        rate: Share of the uncut documents; 0 draws nothing.
+        suffix_first_rate: Share of the infilling documents in SPM order.
+
+    Raises:
+        UserError: the tokenizer has no infilling pieces.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, rate: float, suffix_first_rate: float) -> None:
+        if rate > 0 and not tokenizer.has_infilling:
+            raise UserError(f"the tokenizer {tokenizer.path} has no infilling pieces; set data.infilling_rate to 0")
+        self.rate = rate
+        self._tokenizer, self._suffix_first_rate = tokenizer, suffix_first_rate
+
+    def infilled(
+        self, source: Source, document: int, key: int, epoch: int, room: int, counts: Counter[str]
+    ) -> tuple[Int64Array, Kind] | None:
+        """The infilling document that an uncut document becomes, and its order; None where it stays plain.
+
+        Args:
+            key: Of the source in this run.
+            room: How many tokens it may have.
+            counts: What is counted.
+        """
+        if self.rate == 0:
+            return None
+        counts["uncut"] += 1
+        if not chance(draw(key_of(key, epoch, Purpose.WHETHER_TO_INFILL), document)[0], self.rate):
+            return None
+        if source.spans(document) is not None:
+            counts["spanned"] += 1
+            return None
+        tokenizer = self._tokenizer
+        ids = source.document(document).tolist()
+        text = tokenizer.decode(ids[1:-1])
+        if not text or [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] != ids:
+            counts["irreversible"] += 1
+            return None
+        words = draw(key_of(key, epoch, Purpose.WHERE_TO_CUT), document, 3)
+        changed, suffix_first = infill(text, words, tokenizer, self._suffix_first_rate)
+        if len(changed) > room:
+            counts["unfitting"] += 1
+            return None
+        counts["infilled"] += 1
+        return np.array(changed, np.int64), "SPM" if suffix_first else "PSM"
+
+
+def infill(text: str, words: Sequence[int], tokenizer: Tokenizer, suffix_first_rate: float) -> tuple[list[int], bool]:
     """Turn a document into an infilling document.
 
-    Two cut points are uniform over the text's characters, ends included; any part may be empty. Cuts and order are a
-    function of (seed, epoch, document) alone.
+    Two cut points are uniform over the text's characters, ends included; any part may be empty.
 
     Args:
         text: The document's text.
-        seed, epoch, document: What the randomness is keyed by.
+        words: Three random words: of the cuts and of the order.
         tokenizer: One with infilling pieces.
         suffix_first_rate: Share of documents in SPM order.
 
     Returns:
-        The ids, BOS and EOS included.
+        The ids, BOS and EOS included, and whether they are in SPM order.
     """
-    first, second, order = draw(seed, epoch, Purpose.WHERE_TO_CUT, document, 3)
+    first, second, order = words
     start, stop = sorted((below(first, len(text) + 1), below(second, len(text) + 1)))
-    return infilling_document(
-        text[:start], text[start:stop], text[stop:], tokenizer, suffix_first=chance(order, suffix_first_rate)
-    )
+    suffix_first = chance(order, suffix_first_rate)
+    ids = infilling_document(text[:start], text[start:stop], text[stop:], tokenizer, suffix_first=suffix_first)
+    return ids, suffix_first
 
 
 def infilling_document(

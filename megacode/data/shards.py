@@ -128,6 +128,7 @@ class Shards:
     Attributes:
         prefix: As given.
         num_documents, num_tokens: Counts.
+        lengths: Tokens of each document: [num_documents].
         tokenizer_sha256, vocabulary: Of the tokenizer that made the shard; None where there is no PREFIX.json.
         bin_sha256: Of PREFIX.bin when it was written; None where there is no PREFIX.json.
 
@@ -141,7 +142,7 @@ class Shards:
         code, self.num_documents = self._read_header()
         count = self.num_documents
         # [num_documents], [num_documents], [num_documents + 1]; unaligned, as Megatron lays them
-        self._sizes = _map(self._idx_path, "<i4", HEADER.size, count)
+        self.lengths = _map(self._idx_path, "<i4", HEADER.size, count)
         self._offsets_bytes = _map(self._idx_path, "<i8", HEADER.size + 4 * count, count)
         self._document_index = _map(self._idx_path, "<i8", HEADER.size + 12 * count, count + 1)
         self._dtype = _little(code)
@@ -155,7 +156,7 @@ class Shards:
     def document(self, index: int) -> IntArray:
         """Ids of a document, framing included: [tokens]."""
         start = self.document_start(index)
-        return self._tokens[start : start + int(self._sizes[index])]
+        return self._tokens[start : start + int(self.lengths[index])]
 
     def tokens(self, start: int, stop: int) -> IntArray:
         """Ids start..stop-1 of all documents laid end to end: [stop - start]."""
@@ -167,6 +168,10 @@ class Shards:
         if index == self.num_documents:
             return self.num_tokens
         return int(self._offsets_bytes[index]) // self._dtype.itemsize
+
+    def document_starts(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Where documents first..stop-1 start in the concatenation: [stop - first]."""
+        return self._offsets_bytes[first:stop].astype(np.int64) // self._dtype.itemsize
 
     def document_at(self, token: int) -> int:
         """The document that holds a token of the concatenation."""
@@ -182,7 +187,7 @@ class Shards:
         """
         offset = 0
         for start in range(0, self.num_documents, _BLOCK):
-            sizes_bytes = self._sizes[start : start + _BLOCK].astype(np.int64) * self._dtype.itemsize
+            sizes_bytes = self.lengths[start : start + _BLOCK].astype(np.int64) * self._dtype.itemsize
             ends = offset + np.cumsum(sizes_bytes)
             numbers = np.arange(start, start + len(ends))
             if (
@@ -230,7 +235,7 @@ class Shards:
         """Tokens that the index promises, after checking that the .bin holds as many."""
         end_bytes = 0
         if self.num_documents:
-            end_bytes = int(self._offsets_bytes[-1]) + int(self._sizes[-1]) * self._dtype.itemsize
+            end_bytes = int(self._offsets_bytes[-1]) + int(self.lengths[-1]) * self._dtype.itemsize
         _read(self._bin_path, 0)
         if self._bin_path.stat().st_size != end_bytes:
             raise UserError(
@@ -265,7 +270,8 @@ def _path(prefix: Path, part: str) -> Path:
 def _map(path: Path, dtype: str, offset_bytes: int, count: int) -> IntArray:
     if count == 0:  # numpy refuses to map nothing
         return np.empty(0, dtype)
-    return np.memmap(path, dtype, "r", offset_bytes, (count,))
+    # As a plain array: slicing a memmap takes several times as long.
+    return np.asarray(np.memmap(path, dtype, "r", offset_bytes, (count,)))
 
 
 def _read(path: Path, num_bytes: int) -> bytes:

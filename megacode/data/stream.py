@@ -1,149 +1,220 @@
-"""What a training step and a validation see: sample n as a pure function of (seed, n), in memory that does not grow."""
+"""What a training step sees: sample n as a pure function of (recipe, seed, n), in memory that does not grow."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from megacode.data.counter import Purpose, chance, draw
-from megacode.data.infill import infill
-from megacode.data.packing import IGNORE, Int64Array, MicroBatch, Piece, Sample, collate, join
+from megacode.data.blocks import BestFit
+from megacode.data.counter import key_of
+from megacode.data.cutting import Concatenated, Cutter
+from megacode.data.infill import Infiller
+from megacode.data.mixture import Mixture
+from megacode.data.packing import IGNORE, Int64Array, Kind, MicroBatch, Piece, Sample, collate, join
 from megacode.data.shards import Shards
+from megacode.data.source import OpenShards, Source, find_shards
 from megacode.data.tokenizer import Tokenizer
-from megacode.data.windows import Windows
+from megacode.data.validation import ValidationStream
 from megacode.errors import UserError
+from megacode.recipe import DataSection, SourceSection
 
-__all__ = [
-    "IGNORE",
-    "MicroBatch",
-    "Sample",
-    "TrainStream",
-    "ValidationStream",
-    "check",
-    "step_indices",
-    "unigram_entropy",
-]
+ORDER = 2
+"""Version of which samples a run sees in which order; a checkpoint that counts by another can't be gone on with."""
 
-_BLOCK_TOKENS = 1 << 20
+__all__ = ["IGNORE", "ORDER", "MicroBatch", "Part", "Sample", "TrainStream", "ValidationStream", "check", "open_train",
+           "open_valid", "step_indices"]  # fmt: skip
+
+Packing = Literal["concatenate", "best_fit"]
+
+_LOOK_TOKENS = 1 << 16
+"""Tokens of a shard of unknown origin that a start looks at."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a sample, and what it was made of."""
+
+    kind: Kind
+    source: str | None
+    """None for padding, as all that follows."""
+    prefix: Path | None
+    """The shard."""
+    document: int | None
+    """Number in the shard."""
+    start: int
+    """First token of the document; an infilling document is made of all of them."""
+    stop: int
+    """The token that it ends before."""
+    ids: Int64Array  # [tokens]
+    unpredicted: list[tuple[int, int]]
+    """Stretches of `ids` that have no loss."""
 
 
 class TrainStream:
-    """Samples of a training run.
+    """Samples of a training run: a blend of sources, each cut into samples and infilled by itself.
 
-    A sample is a window of the corpus in which documents that no end of the sample cuts become infilling documents
-    (Code Llama section 2.3: only documents that are not cut across contexts). They are longer than they were, so what
-    follows them is cut earlier than the window's end; but only a plain document is ever cut. The few tokens that are
-    pushed out are not seen in that epoch; other epochs cut elsewhere.
+    It can be pickled; what it keeps open is opened again.
+
+    Args:
+        corpora: The sources.
+        weights: How they are blended (see `Mixture`).
+        packing: How they are cut (see `Concatenated`, `BestFit`).
+        infilling_rate, suffix_first_rate: See `Infiller`.
 
     Attributes:
-        windows: Which stretches of the corpus the samples are.
-        sources: Names of what the samples come from: of the shard, as yet.
-        counts: What was met since the stream was made: documents `uncut`, of these `infilled`, `irreversible` (their
-            ids do not come back from their text) and `unfitting` (as infilling documents they would be cut).
+        corpora: As given.
+        sources: Their names.
+        mixture: How they are blended.
+        num_tokens: Of all of them.
 
     Raises:
-        UserError: infilling is asked of a tokenizer that has no infilling pieces.
+        UserError: infilling is asked of a tokenizer that has no infilling pieces, a weight is too small, or a source is
+            too short for one sample.
     """
 
     def __init__(
         self,
-        shards: Shards,
+        corpora: Sequence[Source],
         tokenizer: Tokenizer,
         *,
+        weights: Sequence[float] = (1.0,),
         sequence_length: int,
         seed: int,
+        packing: Packing = "concatenate",
         infilling_rate: float,
         suffix_first_rate: float,
         document_masks: bool,
     ) -> None:
-        check(shards, tokenizer, sequence_length)
-        if infilling_rate > 0 and not tokenizer.has_infilling:
-            raise UserError(f"the tokenizer {tokenizer.path} has no infilling pieces; set data.infilling_rate to 0")
-        self.windows = Windows(shards.num_tokens, sequence_length, seed)
-        self.sources = (shards.prefix.name,)
-        self.counts: Counter[str] = Counter()
-        self.shards = shards
-        self._tokenizer = tokenizer
-        self._infilling_rate = infilling_rate
-        self._suffix_first_rate = suffix_first_rate
+        self.corpora = tuple(corpora)
+        self.sources = tuple(corpus.name for corpus in corpora)
+        self.num_tokens = sum(corpus.num_tokens for corpus in corpora)
+        self.mixture = Mixture(self.sources, weights)
+        self.sequence_length = sequence_length
+        self.packing = packing
+        self._vocabulary = tokenizer.vocabulary
         self._document_masks = document_masks
+        infiller = Infiller(tokenizer, infilling_rate, suffix_first_rate)
+        make: type[Concatenated] | type[BestFit] = BestFit if packing == "best_fit" else Concatenated
+        for corpus in corpora:
+            if corpus.num_tokens <= sequence_length:
+                raise UserError(
+                    f"the source {corpus.name} has {corpus.num_tokens} tokens, not enough for one sequence of "
+                    f"batch.sequence_length + 1 = {sequence_length + 1}; prepare more text or shorten the sequence"
+                )
+        self.cutters: tuple[Cutter, ...] = tuple(
+            make(corpus, sequence_length, key_of(seed, number), infiller) for number, corpus in enumerate(corpora)
+        )
 
     def sample(self, number: int) -> Sample:
-        """Sample `number` of the run: the same wherever and whenever it is asked for."""
-        epoch, start = self.windows.locate(number)
-        return join(self._pieces(start, epoch), self.windows.sequence_length, self._document_masks)
+        """Sample `number` of the run: the same wherever and whenever it is asked for.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        counts: Counter[str] = Counter()
+        source, pieces = self._pieces(number, counts)
+        if sum(len(piece.ids) for piece in pieces) != self.sequence_length + 1:
+            raise UserError(f"{self._where(source, pieces[0])} has not the length that its .idx says; prepare it again")
+        sample = join(pieces, self.sequence_length, self._document_masks)
+        lowest, highest = int(sample.tokens.min()), max(int(sample.tokens.max()), int(sample.labels[-1]))
+        if not 0 <= lowest <= highest < self._vocabulary:
+            self._refuse(source, pieces)
+        return replace(sample, source=source, counts=counts)
 
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
         """The samples of these numbers, stacked."""
         return collate([self.sample(index) for index in indices], self._document_masks)
 
-    def _pieces(self, start: int, epoch: int) -> list[Piece]:
-        """The pieces of the sample that starts at a token of the corpus: sequence_length + 1 tokens in all."""
-        room = self.windows.sequence_length + 1
-        pieces: list[Piece] = []
-        for document, low, high in _overlaps(self.shards, start, self.shards.num_tokens):
-            piece = _piece(self.shards, low, max(low, start), min(high, max(low, start) + room))
-            if low >= start and high - low <= room and (ids := self._infilled(document, epoch)) is not None:
-                fits = len(ids) <= room
-                self.counts["infilled" if fits else "unfitting"] += 1
-                piece = Piece(ids, starts=True, infilled=True) if fits else piece
-            pieces.append(piece)
-            room -= len(piece.ids)
-            if not room:
-                return pieces
-        # Documents got shorter, which is rare, and the corpus is at its end: there is nothing to go on with.
-        return _plain(self.shards, start, start + self.windows.sequence_length + 1)
+    def explain(self, number: int) -> list[Part]:
+        """What sample `number` is made of, in order: sequence_length + 1 tokens, of which the last is a label only."""
+        source, pieces = self._pieces(number, Counter())
+        return [self._part(source, piece) for piece in pieces]
 
-    def _infilled(self, document: int, epoch: int) -> Int64Array | None:
-        """The infilling document that an uncut document becomes; None where it stays plain."""
-        self.counts["uncut"] += 1
-        seed, tokenizer = self.windows.seed, self._tokenizer
-        if not chance(draw(seed, epoch, Purpose.WHETHER_TO_INFILL, document, 1)[0], self._infilling_rate):
-            return None
-        ids = self.shards.document(document).tolist()
-        text = tokenizer.decode(ids[1:-1])
-        if not text or [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] != ids:
-            self.counts["irreversible"] += 1
-            return None
-        rate = self._suffix_first_rate
-        ids = infill(text, seed=seed, epoch=epoch, document=document, tokenizer=tokenizer, suffix_first_rate=rate)
-        return np.array(ids, np.int64)
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What the meaning of samples' numbers depends on: source -> weight, num_tokens, samples_per_epoch, hash."""
+        return {
+            corpus.name: {
+                "weight": weight,
+                "num_tokens": corpus.num_tokens,
+                "samples_per_epoch": cutter.per_epoch,
+                "hash": corpus.identity,
+            }
+            for corpus, weight, cutter in zip(self.corpora, self.mixture.weights, self.cutters, strict=True)
+        }
+
+    def epochs(self, num_samples: int) -> list[float]:
+        """How often the first samples of a run go through each source."""
+        counts = self.mixture.counts(num_samples)
+        return [count / cutter.per_epoch for count, cutter in zip(counts, self.cutters, strict=True)]
+
+    def _pieces(self, number: int, counts: Counter[str]) -> tuple[int, list[Piece]]:
+        source, own_number = self.mixture.locate(number)
+        return source, self.cutters[source].pieces(own_number, counts)
+
+    def _part(self, source: int, piece: Piece) -> Part:
+        spans = [] if piece.unpredicted is None else [(int(a), int(b)) for a, b in piece.unpredicted if a < b]
+        if piece.kind == "padding":
+            return Part(piece.kind, None, None, None, 0, len(piece.ids), piece.ids, spans)
+        corpus = self.corpora[source]
+        shard, document = corpus.shard_of(piece.document)
+        prefix = corpus.prefixes[shard]
+        return Part(piece.kind, corpus.name, prefix, document, piece.start, piece.stop, piece.ids, spans)
+
+    def _where(self, source: int, piece: Piece) -> str:
+        part = self._part(source, piece)
+        return f"document {part.document} of {part.prefix}"
+
+    def _refuse(self, source: int, pieces: list[Piece]) -> None:
+        """Raise for the first token that is no row of the vocabulary."""
+        for piece in pieces:
+            for token in piece.ids.tolist():
+                if not 0 <= token < self._vocabulary:
+                    raise UserError(
+                        f"{self._where(source, piece)} has token {token} and the tokenizer has {self._vocabulary} "
+                        "rows; prepare the shard with the tokenizer of the run"
+                    )
 
 
-class ValidationStream:
-    """The samples of a validation: windows in file order, no infilling; every token but the first is predicted once.
-
-    With document masks the first token of each document is not predicted either.
-
-    Attributes:
-        num_samples: Samples of the whole corpus; the last one may be padded.
+def open_train(data: DataSection, tokenizer: Tokenizer, sequence_length: int, seed: int) -> TrainStream:
+    """The training stream of a recipe.
 
     Raises:
-        UserError: the corpus has no token to predict.
+        UserError: shards are missing, damaged, too short or of another tokenizer; names the shard.
     """
+    sections = data.train
+    if isinstance(sections, str):
+        sections = [SourceSection(name=Path(sections).name, weight=1.0, shards=[sections])]
+    pool, seen = OpenShards(), dict[Path, str]()
+    corpora = []
+    for section in sections:
+        prefixes = find_shards(section.shards)
+        for prefix in prefixes:
+            if (other := seen.setdefault(prefix.absolute(), section.name)) != section.name or prefixes.count(
+                prefix
+            ) > 1:
+                raise UserError(f"data.train: the shard {prefix} stands in {other} and again in {section.name}")
+        corpora.append(Source(section.name, prefixes, pool, lambda shards: check(shards, tokenizer)))
+    return TrainStream(
+        corpora, tokenizer, weights=[section.weight for section in sections], sequence_length=sequence_length,
+        seed=seed, packing=data.packing, infilling_rate=data.infilling_rate,
+        suffix_first_rate=data.suffix_first_rate, document_masks=data.document_masks,
+    )  # fmt: skip
 
-    def __init__(self, shards: Shards, *, sequence_length: int, document_masks: bool) -> None:
-        if shards.num_tokens < 2:
-            raise UserError(f"the validation shard {shards.prefix} has no token to predict; prepare one with documents")
-        self.num_samples = -(-(shards.num_tokens - 1) // sequence_length)
-        self.shards = shards
-        self._sequence_length = sequence_length
-        self._document_masks = document_masks
 
-    def sample(self, number: int) -> Sample:
-        """Sample `number`. Labels past the corpus's end are IGNORE; past num_samples all of them are."""
-        start = min(number * self._sequence_length, self.shards.num_tokens)
-        stop = min(start + self._sequence_length + 1, self.shards.num_tokens)
-        pieces = _plain(self.shards, start, stop)
-        padding = self._sequence_length + 1 - (stop - start)
-        pieces.append(Piece(np.zeros(padding, np.int64), starts=False))
-        sample = join(pieces, self._sequence_length, self._document_masks)
-        sample.labels[max(0, stop - start - 1) :] = IGNORE
-        return sample
+def open_valid(data: DataSection, tokenizer: Tokenizer, sequence_length: int) -> ValidationStream | None:
+    """The validation stream of a recipe, if it names one.
 
-    def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
-        """The samples of these numbers, stacked; numbers from num_samples on fill up a last batch without any loss."""
-        return collate([self.sample(index) for index in indices], self._document_masks)
+    Raises:
+        UserError: the shard is missing, damaged or of another tokenizer.
+    """
+    if data.valid is None:
+        return None
+    prefix = Path(data.valid)
+    corpus = Source(data.valid, [prefix], check=lambda shards: check(shards, tokenizer))
+    return ValidationStream(corpus, sequence_length=sequence_length, document_masks=data.document_masks)
 
 
 def step_indices(
@@ -166,11 +237,11 @@ def step_indices(
     return [list(range(start, start + micro_samples)) for start in mine]
 
 
-def check(shards: Shards, tokenizer: Tokenizer, sequence_length: int) -> None:
-    """Refuse a shard that cannot be trained on. For a shard without PREFIX.json only its first tokens are looked at.
+def check(shards: Shards, tokenizer: Tokenizer) -> None:
+    """Refuse a shard that cannot be trained on. Only where its tokenizer is unknown, its first tokens are looked at.
 
     Raises:
-        UserError: another tokenizer made the shard, or it has fewer than sequence_length + 1 tokens.
+        UserError: it is empty, or another tokenizer made it.
     """
     if shards.num_tokens == 0:
         raise UserError(f"the shard {shards.prefix} is empty; prepare one with documents")
@@ -179,53 +250,11 @@ def check(shards: Shards, tokenizer: Tokenizer, sequence_length: int) -> None:
             f"the shard {shards.prefix} was made with another tokenizer than {tokenizer.path}; "
             "prepare it again, or name its own tokenizer"
         )
-    largest = int(shards.tokens(0, min(_BLOCK_TOKENS, shards.num_tokens)).max())
+    if shards.tokenizer_sha256 is not None:
+        return
+    largest = int(np.max(shards.tokens(0, min(_LOOK_TOKENS, shards.num_tokens))))
     if largest >= tokenizer.vocabulary:
         raise UserError(
             f"the shard {shards.prefix} has token {largest} and the tokenizer {tokenizer.path} only "
             f"{tokenizer.vocabulary} rows; name the tokenizer that made it"
         )
-    if shards.num_tokens <= sequence_length:
-        raise UserError(
-            f"the shard {shards.prefix} has {shards.num_tokens} tokens, not enough for one sequence of "
-            f"batch.sequence_length + 1 = {sequence_length + 1}; prepare more text or shorten the sequence"
-        )
-
-
-def unigram_entropy(shards: Shards, document_masks: bool = False) -> float:
-    """Entropy, in nats per token, of the tokens that `ValidationStream` predicts.
-
-    It is the loss of the best model that ignores the context. Reads the whole shard.
-    """
-    counts: Counter[int] = Counter()
-    for start in range(1, shards.num_tokens, _BLOCK_TOKENS):
-        block = np.bincount(shards.tokens(start, min(start + _BLOCK_TOKENS, shards.num_tokens)))
-        ids = np.flatnonzero(block)
-        counts.update(dict(zip(ids.tolist(), block[ids].tolist(), strict=True)))
-    if document_masks:
-        counts.subtract(
-            int(shards.tokens(low, high)[0]) for _, low, high in _overlaps(shards, 0, shards.num_tokens) if low
-        )
-    shares = np.array([count for count in counts.values() if count]) / counts.total()
-    return float(-(shares * np.log(shares)).sum())
-
-
-def _overlaps(shards: Shards, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The documents that have a token in start..stop-1: number, where it starts, where it ends."""
-    if start == stop:
-        return
-    document = shards.document_at(start)
-    low = shards.document_start(document)
-    while low < stop:
-        high = shards.document_start(document + 1)
-        if low < high:  # Megatron's files may hold empty documents
-            yield document, low, high
-        document, low = document + 1, high
-
-
-def _plain(shards: Shards, start: int, stop: int) -> list[Piece]:
-    return [_piece(shards, low, max(low, start), min(high, stop)) for _, low, high in _overlaps(shards, start, stop)]
-
-
-def _piece(shards: Shards, document_start: int, start: int, stop: int) -> Piece:
-    return Piece(shards.tokens(start, stop).astype(np.int64), starts=start == document_start)

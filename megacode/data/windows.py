@@ -1,32 +1,29 @@
-"""Which stretch of the corpus sample n is: a function of n, with no shuffled index in memory.
+"""Which stretch of a source sample n is: a function of n, with no shuffled index in memory.
 
-Each epoch cuts the corpus, all documents laid end to end, into windows of sequence_length + 1 tokens that overlap by
+Each epoch cuts the source, all documents laid end to end, into windows of sequence_length + 1 tokens that overlap by
 one (so that each token is predicted once), from an offset that differs between epochs; and takes them in an order that
 is a pseudo-random permutation, computed for one number at a time.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from megacode.data.counter import Purpose, below, draw
-
-_ROUNDS = 8
-_MASK = (1 << 64) - 1
+from megacode.data.counter import NUM_ROUNDS, Purpose, below, draw, key_of, permute
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of a corpus.
+    """The windows of a source.
 
     Args:
-        num_tokens: Length of the corpus; at least sequence_length + 1.
+        num_tokens: Length of the source; at least sequence_length + 1.
         sequence_length: Tokens that a window predicts.
-        seed: Key of offsets and orders.
+        key: Of offsets and orders.
     """
 
     num_tokens: int
     sequence_length: int
-    seed: int
+    key: int
 
     @property
     def per_epoch(self) -> int:
@@ -34,35 +31,15 @@ class Windows:
         return max(1, self.num_tokens // self.sequence_length - 1)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """The epoch of a sample and where its window starts in the corpus; it has sequence_length + 1 tokens."""
+        """The epoch of a sample and where its window starts in the source; it has sequence_length + 1 tokens."""
         epoch, index = divmod(sample, self.per_epoch)
+        offset_word, order = _epoch(self.key, epoch)
         room = self.num_tokens - 1 - self.per_epoch * self.sequence_length
-        offsets = min(self.sequence_length, room + 1)
-        offset = below(draw(self.seed, epoch, Purpose.OFFSET, 0, 1)[0], offsets)
-        keys = draw(self.seed, epoch, Purpose.PERMUTATION, 0, _ROUNDS)
-        return epoch, offset + permute(index, self.per_epoch, keys) * self.sequence_length
+        offset = below(offset_word, min(self.sequence_length, room + 1))
+        return epoch, offset + permute(index, self.per_epoch, order) * self.sequence_length
 
 
-def permute(index: int, size: int, keys: Sequence[int]) -> int:
-    """Where a keyed pseudo-random permutation of 0..size-1 sends index.
-
-    A Feistel network over the next power of four; what falls outside goes round again (cycle walking), fewer than four
-    times on average (Black and Rogaway 2002).
-    """
-    assert 0 <= index < size
-    half = ((size - 1).bit_length() + 1) // 2
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
-        index = left << half | right
-        if index < size:
-            return index
-
-
-def _mix(word: int) -> int:
-    """Finaliser of SplitMix64 (Steele et al. 2014): every bit of the result depends on every bit of the word."""
-    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    word = (word ^ word >> 27) * 0x94D049BB133111EB & _MASK
-    return word ^ word >> 31
+@lru_cache(maxsize=64)
+def _epoch(key: int, epoch: int) -> tuple[int, list[int]]:
+    offset = draw(key_of(key, epoch, Purpose.OFFSET), 0)[0]
+    return offset, draw(key_of(key, epoch, Purpose.PERMUTATION), 0, NUM_ROUNDS)

@@ -117,7 +117,7 @@ def _num_changed() -> int:
 def check_packing(pack: Callable[[Sequence[Piece], int, bool], Sample]) -> Finding:
     """Positions restart at a document, and no document predicts another one's first token."""
     lengths = (5, 1, 7, 4)
-    pieces = [Piece(np.arange(10 * i, 10 * i + length), starts=True) for i, length in enumerate(lengths)]
+    pieces = [Piece(np.arange(10 * i, 10 * i + length), begins=True) for i, length in enumerate(lengths)]
     sample = pack(pieces, sum(lengths) - 1, True)
     ids = np.concatenate([piece.ids for piece in pieces])
     positions = np.concatenate([np.arange(length) for length in lengths])[:-1]

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from megacode.data.shards import Shards
+from megacode.data.source import Source
 from megacode.engine.config import deepspeed_config
 from megacode.engine.zero import local_shape
 from megacode.errors import UserError
@@ -24,11 +24,11 @@ from megacode.train.verdict import spans
 ABSENT = "absent"
 
 
-def compare_starts(recipe: Recipe, layout: Layout, shards: Mapping[str, Shards]) -> None:
+def compare_starts(recipe: Recipe, layout: Layout, corpora: Mapping[str, Source]) -> None:
     """Compare recipes, layouts, versions and what the recipe's files hold. Collective over all ranks, before any mesh.
 
     Args:
-        shards: key of the recipe -> what it names.
+        corpora: key of the recipe -> what it names.
 
     Raises:
         UserError: on every rank; names the first key that differs, and the ranks that have each value.
@@ -38,9 +38,9 @@ def compare_starts(recipe: Recipe, layout: Layout, shards: Mapping[str, Shards])
     facts |= _flat(recipe.model_dump(mode="json"))
     facts |= _flat({"the DeepSpeed configuration": deepspeed_config(recipe)})
     facts["the sha256 of tokenizer.path"] = hashlib.sha256(tokenizer).hexdigest()[:12]
-    for key, each in shards.items():
+    for key, each in corpora.items():
         facts[f"the number of tokens of {key}"] = each.num_tokens
-        facts[f"the sha256 of {key}"] = each.bin_sha256 and each.bin_sha256[:12]
+        facts[f"the sha256 of {key}"] = each.identity[:12]
     facts |= _flat({"the layout": {**asdict(layout), "stages": [len(stage) for stage in layout.stages]}})
     text = _compare(facts, group=0)
     if text is not None:

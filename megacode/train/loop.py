@@ -137,6 +137,7 @@ class Trainer:
             step=self.progress.step + 1,
             next_sample=first + recipe.batch.global_samples,
             adam_step=self.progress.adam_step + (0 if skip else 1),
+            ledger=_add_labels(self.progress.ledger, self.stream.sources, label_counts),
         )
         doing("logging")
         with measure("logging"):
@@ -221,7 +222,13 @@ class Trainer:
         run, step = Path(self.recipe.run), self.progress.step
         parts = {name: part_of(parameter) for name, parameter in self.engine.parameters.items()}
         folder = store.step_folder(run, step)
-        store.save(folder, self.recipe, self.progress, parts, self.engine.read, writer(self.mesh))
+        samples = self.stream.mixture.counts(self.progress.next_sample)
+        ledger = {
+            name: {"samples": count, **self.progress.ledger.get(name, {})}
+            for name, count in zip(self.stream.sources, samples, strict=True)
+        }
+        progress = dataclasses.replace(self.progress, ledger=ledger)
+        store.save(folder, self.recipe, progress, parts, self.engine.read, writer(self.mesh))
         if self.journal is not None:
             write_status(run, "running", step=step, checkpoint=str(folder))
             size = sum(file.stat().st_size for file in folder.iterdir())
@@ -239,3 +246,17 @@ class Trainer:
         with communicating("all-reduce", "world"):
             dist.all_reduce(totals)
         return batches, totals
+
+
+def _add_labels(
+    ledger: dict[str, dict[str, int]], sources: tuple[str, ...], counts: list[float]
+) -> dict[str, dict[str, int]]:
+    """A ledger after a step in which so many labels of group 2 * source + infilled counted."""
+    added = {}
+    for number, name in enumerate(sources):
+        before, (plain, infilled) = ledger.get(name, {}), counts[2 * number : 2 * number + 2]
+        added[name] = {
+            "labels": before.get("labels", 0) + int(plain + infilled),
+            "infilled_labels": before.get("infilled_labels", 0) + int(infilled),
+        }
+    return added

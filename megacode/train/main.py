@@ -58,12 +58,12 @@ def main(arguments: list[str]) -> int:
         tokenizer, config = _load(options)
         layout = fit(config, place.world_size)
         run = Run(config, layout, place, device)
-        doing("opening the data")
+        doing("opening the data", patient=True)  # best-fit packing may have to count the samples of a corpus first
         check_config(config, device)
         check_trackers(config)
         check_profile(config, layout.world_size)
         streams = start.open_streams(config, tokenizer)
-        start.check_run_folder(config, streams[0].windows.num_tokens)
+        start.check_run_folder(config, streams[0])
         start.check_disk(config)
         _make_run_folder(Path(config.run), place)
         run.begun = place.rank == 0
@@ -109,9 +109,9 @@ class Run:
                 start_process_group(self.place, self.device, timeout_seconds)
             self.begun = True  # rank 0 has
             layout = self.layout
-            keys = ("data.train", "data.valid")
-            shards = {key: each.shards for key, each in zip(keys, streams, strict=True) if each is not None}
-            compare_starts(self.recipe, layout, shards)
+            train, valid = streams
+            corpora = {f"data.train ({corpus.name})": corpus for corpus in train.corpora}
+            compare_starts(self.recipe, layout, corpora | ({"data.valid": valid.corpus} if valid is not None else {}))
             with waiting("making of groups", "world"):
                 mesh = build_mesh(layout.pipeline, layout.data, layout.tensor, layout.context, timeout_seconds)
             self._watch_peers(mesh)
@@ -159,10 +159,11 @@ class Run:
         # Rank 0 decides: on network file systems the ranks may see different newest folders.
         ranks = start.writer(mesh)
         newest = ranks.broadcast(store.newest(self.folder))
-        progress = start.load_weights(engine, config, mesh, newest, stream.windows.num_tokens)
+        progress = start.load_weights(engine, config, mesh, newest, start.new_progress(config, stream))
         if mesh.rank == 0:
             step, hosts = progress.step, self.hosts
             facts = metrics.start_facts(config, self.layout, device, hosts, step, newest, engine.backends)
+            facts["data"] = {"packing": config.data.packing, "sources": describe_sources(config, stream)}
             self._announce(step, newest, facts, engine.reasons)
         recorder = record(device) if config.logging.phases else None
         return Trainer(
@@ -177,6 +178,9 @@ class Run:
         print(f"{'resuming from ' + str(newest) if newest else 'starting'} at step {step}", flush=True)
         for operation, reason in reasons.items():
             print(f"{operation} by {facts['backends'][operation]} ({reason})", flush=True)
+        for name, source in facts["data"]["sources"].items():
+            share, tokens, epochs = source["weight"], source["num_tokens"], source["epochs"]
+            print(f"source {name}: {share:.4%} of the samples, {tokens:,} tokens, {epochs:.4g} epochs", flush=True)
         if step >= steps:
             print(f"nothing to do: schedule.steps is {steps}; raise it to go on", flush=True)
         else:
@@ -309,6 +313,15 @@ def _load(options: argparse.Namespace) -> tuple[Tokenizer, Recipe]:
     if options.deepspeed_config:
         config = config.model_copy(update={"deepspeed_config": options.deepspeed_config})
     return start.open_tokenizer(config)
+
+
+def describe_sources(recipe: Recipe, stream: TrainStream) -> dict[str, dict[str, Any]]:
+    """Source -> weight, tokens, documents, samples of an epoch, and how often the whole run goes through it."""
+    epochs = stream.epochs(recipe.schedule.steps * recipe.batch.global_samples)
+    return {
+        name: {**facts, "num_documents": corpus.num_documents, "epochs": count}
+        for (name, facts), corpus, count in zip(stream.facts().items(), stream.corpora, epochs, strict=True)
+    }
 
 
 def _make_run_folder(run: Path, place: Place) -> None:

@@ -8,8 +8,7 @@ import torch.distributed as dist
 
 from megacode.checkpoint import store
 from megacode.checkpoint.store import STATES, CheckpointReader, Progress, Writer
-from megacode.data.shards import Shards
-from megacode.data.stream import TrainStream, ValidationStream
+from megacode.data.stream import ORDER, TrainStream, ValidationStream, open_train, open_valid
 from megacode.data.tokenizer import Tokenizer
 from megacode.engine.zero import ZeroEngine
 from megacode.errors import UserError
@@ -43,17 +42,19 @@ def open_streams(recipe: Recipe, tokenizer: Tokenizer) -> tuple[TrainStream, Val
         UserError: shards are missing, damaged, too short or of another tokenizer.
     """
     data, length = recipe.data, recipe.batch.sequence_length
-    stream = TrainStream(
-        Shards(data.train), tokenizer, sequence_length=length, seed=recipe.seed, infilling_rate=data.infilling_rate,
-        suffix_first_rate=data.suffix_first_rate, document_masks=data.document_masks,
+    return open_train(data, tokenizer, length, recipe.seed), open_valid(data, tokenizer, length)
+
+
+def new_progress(recipe: Recipe, stream: TrainStream) -> Progress:
+    """That of a run which begins."""
+    return Progress(
+        0, 0, 0, recipe.seed, recipe.batch.sequence_length, stream.num_tokens, packing=recipe.data.packing,
+        order=ORDER, sources=stream.facts(),
     )  # fmt: skip
-    if data.valid is None:
-        return stream, None
-    return stream, ValidationStream(Shards(data.valid), sequence_length=length, document_masks=data.document_masks)
 
 
-def check_run_folder(recipe: Recipe, num_tokens: int) -> None:
-    """Refuse to go on with a run whose checkpoints are of another model, tokenizer, seed or corpus of other length.
+def check_run_folder(recipe: Recipe, stream: TrainStream) -> None:
+    """Refuse to go on with a run whose checkpoints are of another model, tokenizer, seed, corpus or order of samples.
 
     Raises:
         UserError: names the key that differs.
@@ -65,17 +66,28 @@ def check_run_folder(recipe: Recipe, num_tokens: int) -> None:
     reader = open_weights(recipe, Path(checkpoint))
     if newest is None:
         return
-    progress = reader.progress
-    for key, here, there in (
-        ("seed", recipe.seed, progress.seed),
-        ("batch.sequence_length", recipe.batch.sequence_length, progress.sequence_length),
-        ("the number of tokens of data.train", num_tokens, progress.num_tokens),
-    ):
-        if here != there:
+    here, there = (_counted_by(progress) for progress in (new_progress(recipe, stream), reader.progress))
+    for key in here:
+        if here[key] != there.get(key):
             raise UserError(
-                f"{key} is {here} and {newest} has {there}, by which it counts its samples; change it back, or name "
-                f"another `run` folder (checkpoint.start_from takes the weights along)"
+                f"{key} is {here[key]} and {newest} has {there.get(key)}, by which it counts its samples; change it "
+                f"back, or name another `run` folder (checkpoint.start_from takes the weights along)"
             )
+
+
+def _counted_by(progress: Progress) -> dict[str, Any]:
+    """What gives the numbers of samples their meaning, by name."""
+    facts: dict[str, Any] = {
+        "seed": progress.seed,
+        "batch.sequence_length": progress.sequence_length,
+        "data.packing": progress.packing,
+        "the version of the order of samples": progress.order,
+        "data.train (names of sources)": ", ".join(progress.sources),
+    }
+    for name, source in progress.sources.items():
+        for key, value in source.items():
+            facts[f"data.train ({key.replace('_', ' ')} of {name})"] = value
+    return facts
 
 
 def open_weights(recipe: Recipe, checkpoint: Path) -> CheckpointReader:
@@ -121,8 +133,10 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return 4 * (1 + len(STATES)) * num_parameters(recipe.model) + Path(recipe.tokenizer.path).stat().st_size
 
 
-def load_weights(engine: ZeroEngine, recipe: Recipe, mesh: Mesh, newest: Path | None, num_tokens: int) -> Progress:
+def load_weights(engine: ZeroEngine, recipe: Recipe, mesh: Mesh, newest: Path | None, new: Progress) -> Progress:
     """Fill the engine from the newest checkpoint, or for a new run from `checkpoint.start_from` or at random.
+
+    Returns that checkpoint's progress, or `new`, that of a new run.
 
     Raises:
         UserError: a file is damaged.
@@ -138,7 +152,7 @@ def load_weights(engine: ZeroEngine, recipe: Recipe, mesh: Mesh, newest: Path | 
         part = part_of(parameter)
         whole = reader.read_part(name, part) if reader else part.take(initial_values(name, part, recipe.seed))
         engine.write(name, whole)
-    return Progress(0, 0, 0, recipe.seed, recipe.batch.sequence_length, num_tokens)
+    return new
 
 
 def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress:

@@ -1,19 +1,16 @@
 """megacode.data.packing and windows: labels, positions, boundaries; which windows there are and in what order."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacode.data.counter import Purpose, draw
-from megacode.data.packing import IGNORE, Piece, collate, join
-from megacode.data.windows import Windows, permute
+from megacode.data.packing import IGNORE, Piece, collate, join, padding
+from megacode.data.windows import Windows
 
 
 def piece(*ids, starts=True, infilled=False):
-    return Piece(np.array(ids, np.int64), starts, infilled)
+    return Piece(np.array(ids, np.int64), "PSM" if infilled else "whole", starts)
 
 
 WINDOW = [piece(8, 9, 2, starts=False), piece(1, 5, 2), piece(1, 6, 2, infilled=True), piece(1, 7)]  # 11 tokens
@@ -55,27 +52,17 @@ def test_a_piece_cut_down_to_nothing_starts_no_document():
     assert (sample.labels.tolist(), sample.document_starts.tolist()) == ([5, 2], [0])
 
 
-@settings(deadline=None)  # the machine may be busy
-@given(st.integers(1, 400), st.integers(0, 3))
-def test_permute_is_a_permutation(size, epoch):
-    keys = draw(0, epoch, Purpose.PERMUTATION, 0, 8)
-    assert sorted(permute(i, size, keys) for i in range(size)) == list(range(size))
-
-
-def test_permute_is_uniform_enough():
-    size, num_keys = 50, 2000
-    found = np.zeros((size, size))
-    followers = 0
-    for epoch in range(num_keys):
-        keys = draw(3, epoch, Purpose.PERMUTATION, 0, 8)
-        order = [permute(i, size, keys) for i in range(size)]
-        found[range(size), order] += 1
-        followers += sum(b == a + 1 for a, b in pairwise(order))
-    expected = num_keys / size
-    chi2 = ((found - expected) ** 2 / expected).sum()
-    assert chi2 < 2620, "(50-1)^2 = 2401 degrees of freedom, standard deviation 69: above 2620 has probability 0.1 %"
-    # Neighbours that stay neighbours: (size - 1)/size a permutation, variance about 1.
-    assert abs(followers / num_keys - (size - 1) / size) < 3.3 / num_keys**0.5
+@pytest.mark.parametrize("document_masks", [False, True])
+def test_what_is_not_to_be_predicted(document_masks):
+    first = Piece(np.arange(10, 16), unpredicted=np.array([[0, 2], [4, 5]]))
+    second = Piece(np.arange(20, 24), "cut", unpredicted=np.array([[0, 1]]))  # goes on from a piece elsewhere
+    third = Piece(np.arange(30, 32))
+    sample = join([first, second, third, padding(3)], 14, document_masks)
+    start = IGNORE if document_masks else 30
+    expected = [IGNORE, 12, 13, IGNORE, 15, IGNORE, 21, 22, 23, start, 31, IGNORE, IGNORE, IGNORE]
+    assert sample.labels.tolist() == expected
+    assert sample.document_starts.tolist() == [0, 6, 10, 12]
+    assert sample.tokens.tolist() == [*range(10, 16), *range(20, 24), 30, 31, 0, 0]
 
 
 @settings(deadline=None)  # the machine may be busy

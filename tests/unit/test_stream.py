@@ -2,8 +2,10 @@
 
 import argparse
 import inspect
+import pickle
 import random
 import struct
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -12,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
-from megacode.data.counter import Purpose, chance, draw
+from megacode.data.counter import Purpose, chance, draw, key_of
 from megacode.data.infill import infill
 from megacode.data.shards import Shards, ShardWriter
-from megacode.data.stream import IGNORE, TrainStream, ValidationStream, check, step_indices, unigram_entropy
+from megacode.data.source import Source
+from megacode.data.stream import IGNORE, TrainStream, ValidationStream, check, step_indices
 from megacode.data.tokenizer import Tokenizer, train
+from megacode.data.validation import unigram_entropy
 from megacode.errors import UserError
 
 SOURCE = inspect.getsource(argparse)
@@ -48,7 +52,19 @@ def shards(tmp_path_factory, tokenizer):
 
 def make(shards, tokenizer, **changes):
     options = {"sequence_length": 300, "seed": 3, "infilling_rate": 0.9, "suffix_first_rate": 0.5}
-    return TrainStream(shards, tokenizer, **(options | {"document_masks": True} | changes))
+    return TrainStream([source_of(shards)], tokenizer, **(options | {"document_masks": True} | changes))
+
+
+def source_of(shards):
+    return Source(shards.prefix.name, [shards.prefix])
+
+
+def windows(stream):
+    return stream.cutters[0].windows
+
+
+def count(stream, num_samples):
+    return sum((stream.sample(number).counts for number in range(num_samples)), Counter())
 
 
 def uncut_documents(shards, start, stop):
@@ -58,14 +74,14 @@ def uncut_documents(shards, start, stop):
 
 def expected_infilling(stream, shards, tokenizer, epoch, document, rate):
     """What an uncut document is to become, by the definition; None where it is to stay."""
-    seed = stream.windows.seed
-    if not chance(draw(seed, epoch, Purpose.WHETHER_TO_INFILL, document, 1)[0], rate):
+    key = windows(stream).key
+    if not chance(draw(key_of(key, epoch, Purpose.WHETHER_TO_INFILL), document)[0], rate):
         return None
     body = shards.document(document)[1:-1].tolist()
     text = tokenizer.decode(body)
     if tokenizer.encode(text) != body:
         return None
-    return infill(text, seed=seed, epoch=epoch, document=document, tokenizer=tokenizer, suffix_first_rate=0.5)
+    return infill(text, draw(key_of(key, epoch, Purpose.WHERE_TO_CUT), document, 3), tokenizer, 0.5)[0]
 
 
 @pytest.mark.parametrize("sequence_length", [60, 300, 1500])
@@ -73,12 +89,14 @@ def expected_infilling(stream, shards, tokenizer, epoch, document, rate):
 def test_a_sample_is_its_window_with_its_uncut_documents_infilled(shards, tokenizer, sequence_length, rate):
     stream = make(shards, tokenizer, sequence_length=sequence_length, infilling_rate=rate, document_masks=False)
     num_infilled = num_unfitting = 0
-    for number in range(3 * stream.windows.per_epoch):
+    counts = Counter()
+    for number in range(3 * windows(stream).per_epoch):
         sample = stream.sample(number)
+        counts += sample.counts
         ids = [*sample.tokens.tolist(), int(sample.labels[-1])]
         assert len(ids) == sequence_length + 1
         assert sample.labels[:-1].tolist() == sample.tokens[1:].tolist()
-        epoch, start = stream.windows.locate(number)
+        epoch, start = windows(stream).locate(number)
         document = shards.document_at(start)
         infilled = np.zeros(sequence_length + 1, bool)
         place, corpus = 0, start
@@ -104,35 +122,35 @@ def test_a_sample_is_its_window_with_its_uncut_documents_infilled(shards, tokeni
             document += 1
         assert sample.infilled.tolist() == infilled[1:].tolist()
         assert sample.document_starts.tolist() == [begin for begin in begins if begin < sequence_length]
-    assert stream.counts["infilled"] == num_infilled
-    assert stream.counts["unfitting"] == num_unfitting
+    assert counts["infilled"] == num_infilled
+    assert counts["unfitting"] == num_unfitting
     assert num_infilled > 50 or rate == 0
     assert num_infilled == 0 or rate > 0
     if rate == 1 and sequence_length > 60:
-        assert num_infilled > 0.9 * stream.counts["uncut"], "the rate is not eaten up by documents without room"
+        assert num_infilled > 0.9 * counts["uncut"], "the rate is not eaten up by documents without room"
 
 
 def test_the_last_document_is_cut_where_the_ones_before_it_grew(tmp_path, tokenizer):
     with ShardWriter(tmp_path / "s", tokenizer.vocabulary, tokenizer_sha256=tokenizer.sha256) as writer:
         for _ in range(3):
-            writer.add_document([tokenizer.bos, *tokenizer.encode("def f(): pass\n"), tokenizer.eos])
+            writer.add_document([tokenizer.bos, *tokenizer.encode("def f(): pass\n" * 5), tokenizer.eos])
     shards = Shards(tmp_path / "s")
     stream = make(shards, tokenizer, sequence_length=shards.num_tokens - 1, infilling_rate=1.0)
     sample = stream.sample(0)
     expected = [expected_infilling(stream, shards, tokenizer, 0, i, 1.0) for i in (0, 1)]
     flat = [*expected[0], *expected[1], *shards.document(2).tolist()]
     assert sample.tokens.tolist() == flat[: shards.num_tokens - 1]
-    assert stream.counts == {"uncut": 2, "infilled": 2}
+    assert sample.counts == {"uncut": 2, "infilled": 2}
 
 
 def test_documents_that_get_shorter(shards, tokenizer, monkeypatch):
     # Text seldom takes four tokens less when it is cut, but nothing forbids it: here all shrink to two tokens.
-    monkeypatch.setattr("megacode.data.stream.infill", lambda text, **_: [tokenizer.bos, tokenizer.eos])
+    monkeypatch.setattr("megacode.data.infill.infill", lambda *_: ([tokenizer.bos, tokenizer.eos], False))
     stream = make(shards, tokenizer, infilling_rate=1.0, document_masks=False)
     num_plain = num_longer = 0
-    for number in range(stream.windows.per_epoch):
+    for number in range(windows(stream).per_epoch):
         sample = stream.sample(number)
-        _, start = stream.windows.locate(number)
+        _, start = windows(stream).locate(number)
         window = shards.tokens(start, start + 300).tolist()
         num_plain += sample.tokens.tolist() == window
         num_longer += len(sample.document_starts) > window.count(tokenizer.bos)
@@ -150,6 +168,8 @@ def test_a_sample_depends_on_its_number_alone(shards, tokenizer):
             assert np.array_equal(getattr(sample, name), getattr(forward, name)[row])
     other = make(shards, tokenizer, seed=4).micro_batch(numbers)
     assert not np.array_equal(other.tokens, forward.tokens)
+    copy = pickle.loads(pickle.dumps(make(shards, tokenizer))).micro_batch(numbers)
+    assert np.array_equal(copy.tokens, forward.tokens)
 
 
 def test_document_masks_of_infilling_documents(shards, tokenizer):
@@ -168,9 +188,7 @@ def test_document_masks_of_infilling_documents(shards, tokenizer):
 
 def test_documents_that_do_not_come_back_stay_plain(shards, tokenizer):
     stream = make(shards, tokenizer, infilling_rate=1.0)
-    for number in range(stream.windows.per_epoch):
-        stream.sample(number)
-    counts = stream.counts
+    counts = count(stream, windows(stream).per_epoch)
     assert counts["irreversible"] >= 1
     assert counts["uncut"] == counts["infilled"] + counts["unfitting"] + counts["irreversible"]
 
@@ -183,8 +201,9 @@ def test_a_shard_without_our_framing_is_never_infilled(tmp_path, tokenizer):
         np.array([2 * sum(lengths[:i]) for i in range(50)] + list(range(51)), "<i8").tofile(file)
     np.concatenate(documents).astype("<u2").tofile(tmp_path / "m.bin")
     stream = make(Shards(tmp_path / "m"), tokenizer, sequence_length=100)
-    assert not stream.micro_batch(range(10)).infilled.any()
-    assert stream.counts["irreversible"] > 10
+    batch = stream.micro_batch(range(10))
+    assert not batch.infilled.any()
+    assert batch.counts["irreversible"] > 10
 
 
 @settings(deadline=None)  # the machine may be busy
@@ -216,7 +235,7 @@ def test_validation_predicts_every_token_once(tmp_path, document_masks, sequence
         for document in documents:
             writer.add_document(document)
     shards = Shards(tmp_path / "v")
-    stream = ValidationStream(shards, sequence_length=sequence_length, document_masks=document_masks)
+    stream = ValidationStream(source_of(shards), sequence_length=sequence_length, document_masks=document_masks)
     batch = stream.micro_batch(range(stream.num_samples + 2))
     predicted = batch.labels[batch.labels != IGNORE].tolist()
     flat = [token for document in documents for token in document]
@@ -239,18 +258,19 @@ def test_check_refuses_what_does_not_belong_together(tmp_path, tokenizer):
         return Shards(tmp_path / name)
 
     own = shard("own", [1, 5, 2], tokenizer_sha256=tokenizer.sha256)
-    check(own, tokenizer, 8)
+    check(own, tokenizer)
+    make(own, tokenizer, sequence_length=8)
     with pytest.raises(UserError, match=r"own has 9 tokens.*= 10"):
-        check(own, tokenizer, 9)
+        make(own, tokenizer, sequence_length=9)
     with pytest.raises(UserError, match="foreign was made with another tokenizer"):
-        check(shard("foreign", [1, 5, 2], tokenizer_sha256="0"), tokenizer, 8)
-    check(shard("unknown", [1, 815, 2]), tokenizer, 8)
+        check(shard("foreign", [1, 5, 2], tokenizer_sha256="0"), tokenizer)
+    check(shard("unknown", [1, 815, 2]), tokenizer)
     with pytest.raises(UserError, match="large has token 816"):
-        check(shard("large", [1, 816, 2]), tokenizer, 8)
+        check(shard("large", [1, 816, 2]), tokenizer)
     with pytest.raises(UserError, match="nothing is empty"):
-        check(shard("nothing", []), tokenizer, 8)
+        check(shard("nothing", []), tokenizer)
     with pytest.raises(UserError, match="nothing has no token to predict"):
-        ValidationStream(Shards(tmp_path / "nothing"), sequence_length=8, document_masks=False)
+        ValidationStream(Source("nothing", [tmp_path / "nothing"]), sequence_length=8, document_masks=False)
 
 
 def test_infilling_needs_its_pieces(tmp_path, tokenizer):

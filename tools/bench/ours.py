@@ -72,14 +72,13 @@ def trainer(recipe: Recipe, device: str) -> Callable[[], float]:
     import torch
     import torch.distributed as dist
 
-    from megacode.checkpoint.store import Progress
     from megacode.data.tokenizer import Tokenizer
     from megacode.plan.layout import fit
     from megacode.train.console import Console
     from megacode.train.faults import Requests
     from megacode.train.journal import Journal
     from megacode.train.loop import Trainer
-    from megacode.train.start import open_streams
+    from megacode.train.start import new_progress, open_streams
 
     class KeepingJournal(Journal):
         def metrics(self, values: dict[str, Any]) -> None:
@@ -89,14 +88,13 @@ def trainer(recipe: Recipe, device: str) -> Callable[[], float]:
     mesh = mesh_of(recipe)
     stream, _ = open_streams(recipe, Tokenizer(recipe.tokenizer.path))
     zero = start_engine(recipe, mesh, device, num_groups=2 * len(stream.sources))
-    run, batch = Path(recipe.run), recipe.batch
+    run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     console = rich.console.Console(file=io.StringIO())
     journal = KeepingJournal(run, 0, Console(0, recipe.schedule.steps, console))
-    progress = Progress(0, 0, 0, recipe.seed, batch.sequence_length, stream.windows.num_tokens)
     loop = Trainer(
-        recipe, fit(recipe, dist.get_world_size()), mesh, torch.device(device), zero, stream, None, progress,
-        Requests(run, looks=True), journal,
+        recipe, fit(recipe, dist.get_world_size()), mesh, torch.device(device), zero, stream, None,
+        new_progress(recipe, stream), Requests(run, looks=True), journal,
     )  # fmt: skip
 
     def step() -> float:

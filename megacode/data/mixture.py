@@ -1,0 +1,78 @@
+"""Which source sample n is from, and which of that source's samples it is: a function of n, with no stored indices.
+
+Samples come in blocks of 10,000. In each block a source has its share, rounded up or down, so that any block is off by
+less than one sample; who is rounded up goes round over a period of 1,024 blocks, at whose end all shares are exact.
+Within a block, a source's places are a stretch of 0..9,999, and sample n stands at place n * MULTIPLIER mod 10,000:
+with a multiplier near the golden section of 10,000 any run of samples is spread evenly (Weyl's sequence), so that an
+optimizer step has nearly its share of each source.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacode.errors import UserError
+
+BLOCK = 10_000
+PERIOD = 1024
+_MULTIPLIER = 6181  # next to 10,000 / 1.618..., and without a factor in common with 10,000
+_ROUNDING = 633  # likewise of 1,024
+
+
+class Mixture:
+    """Blends sources by weights.
+
+    Args:
+        names: of the sources, for errors.
+        weights: positive numbers; only their ratios matter.
+
+    Attributes:
+        weights: shares of the sources, summing to 1: what was asked for, to within 1e-7.
+
+    Raises:
+        UserError: a source has less than one sample in 10 million.
+    """
+
+    def __init__(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        units = BLOCK * PERIOD
+        ends = np.rint(np.cumsum(weights) / np.sum(weights) * units).astype(np.int64)
+        shares = np.diff(ends, prepend=0)  # [sources]; samples in a period
+        for name, share in zip(names, shares, strict=True):
+            if share == 0:
+                raise UserError(
+                    f"data.train: the weight of {name} is less than 1 in {units:,} of all; raise it or drop the source"
+                )
+        self.weights = tuple((shares / units).tolist())
+        self._shares = shares
+        # Systematic rounding: of fractions in PERIOD-ths with cumulative sums s, block b gives source k one sample more
+        # where a multiple of PERIOD lies between s[k-1] + u and s[k] + u; u takes each value 0..PERIOD-1 once.
+        fractions = np.concatenate([[0], np.cumsum(shares % PERIOD)])
+        shifts = np.arange(PERIOD) * _ROUNDING % PERIOD  # [blocks]
+        ups = (fractions[None, :] + shifts[:, None]) // PERIOD  # [blocks, sources + 1]
+        self._starts = ups + np.concatenate([[0], np.cumsum(shares // PERIOD)])  # [blocks, sources + 1]
+        self._before = np.zeros((PERIOD + 1, len(shares)), np.int64)  # [blocks + 1, sources]; samples of earlier blocks
+        np.cumsum(np.diff(self._starts, axis=1), axis=0, out=self._before[1:])
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """The source of a sample, and the number of the sample among those of the source."""
+        if len(self.weights) == 1:
+            return 0, sample
+        block, slot = divmod(sample, BLOCK)
+        period, block = divmod(block, PERIOD)
+        place = slot * _MULTIPLIER % BLOCK
+        starts = self._starts[block]
+        source = int(np.searchsorted(starts, place, "right")) - 1
+        before = period * int(self._shares[source]) + int(self._before[block, source])
+        return source, before + place - int(starts[source])
+
+    def counts(self, num_samples: int) -> list[int]:
+        """How many of the first samples are of each source."""
+        if len(self.weights) == 1:
+            return [num_samples]
+        block, rest = divmod(num_samples, BLOCK)
+        period, block = divmod(block, PERIOD)
+        places = np.arange(rest) * _MULTIPLIER % BLOCK
+        sources = np.searchsorted(self._starts[block], places, "right") - 1
+        partial: NDArray[np.int64] = np.bincount(sources, minlength=len(self.weights))
+        return [int(n) for n in period * self._shares + self._before[block] + partial]
