@@ -18,7 +18,9 @@ import json
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -262,21 +264,17 @@ class Shards:
             UserError: a file is damaged; it names the first byte that is wrong, or the stretch that it lies in.
         """
         self._verify_index(on_bytes)
-        place = 0
-        for num_bytes, digest in self.checksums or self._stretches():
-            sha256 = hashlib.sha256()
-            for start in range(place, place + num_bytes, _BLOCK * self.itemsize):
-                stop = min(start + _BLOCK * self.itemsize, place + num_bytes)
-                block = self._tokens[start // self.itemsize : stop // self.itemsize]
-                self._verify_ids(block, start, self.vocabulary or vocabulary)
-                sha256.update(block.data)
-                on_bytes(stop - start)
-            if digest and sha256.hexdigest() != digest:
-                raise UserError(
-                    f"{self._bin_path} is damaged: bytes {place} to {place + num_bytes - 1} have another checksum than "
-                    f"{self.prefix}.json says; prepare it again"
-                )
-            place += num_bytes
+        with _opened(self._bin_path) as file, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            stop = threading.Event()
+
+            def check(stretch: tuple[int, int, str]) -> int:
+                return self._verify_stretch(file.fileno(), *stretch, self.vocabulary or vocabulary, stop)
+
+            try:
+                for num_bytes in pool.map(check, self._stretches()):
+                    on_bytes(num_bytes)
+            finally:
+                stop.set()  # a mistake is told at once, not when all stretches behind it are read
 
     def _verify_index(self, on_bytes: Callable[[int], None]) -> None:
         offset = 0
@@ -297,10 +295,38 @@ class Shards:
             self._compare(found, np.arange(start, start + len(found)), place, 8, "a wrong entry in the document index")
             on_bytes(8 * len(found))
 
+    def _verify_stretch(
+        self, file: int, place: int, num_bytes: int, digest: str, vocabulary: int | None, stop: threading.Event
+    ) -> int:
+        """Check ids and checksum of a stretch of PREFIX.bin. It is read and not mapped: of a map, what a disk cannot
+        read ends the process."""
+        sha256 = hashlib.sha256()
+        buffer = memoryview(bytearray(min(_BLOCK * self.itemsize, num_bytes)))
+        for start in range(place, place + num_bytes, len(buffer)):
+            if stop.is_set():
+                break
+            data = buffer[: min(len(buffer), place + num_bytes - start)]
+            try:
+                if os.preadv(file, [data], start) < len(data):
+                    raise UserError(f"{self._bin_path} has become shorter; prepare it again")
+            except OSError as error:
+                raise UserError(
+                    f"cannot read {self._bin_path} at byte {start} and behind: {error.strerror}; prepare it again"
+                ) from None
+            sha256.update(data)
+            self._verify_ids(np.frombuffer(data, self._dtype), start, vocabulary)
+        else:
+            if digest and sha256.hexdigest() != digest:
+                raise UserError(
+                    f"{self._bin_path} is damaged: bytes {place} to {place + num_bytes - 1} have another checksum than "
+                    f"{self.prefix}.json says; prepare it again"
+                )
+        return num_bytes
+
     def _verify_ids(self, block: IntArray, place: int, vocabulary: int | None) -> None:
-        wrong = (block < 0) if vocabulary is None else (block < 0) | (block >= vocabulary)
-        if wrong.any():
-            first = int(wrong.argmax())
+        highest = np.iinfo(self._dtype).max if vocabulary is None else vocabulary - 1
+        if int(block.min()) < 0 or int(block.max()) > highest:
+            first = int(((block < 0) | (block > highest)).argmax())
             byte = place + first * self.itemsize
             raise UserError(
                 f"{self._bin_path} is damaged: byte {byte} begins id {int(block[first])}, which is no row of the "
@@ -320,11 +346,14 @@ class Shards:
         """The byte of the index where a document's offset stands."""
         return HEADER.size + 4 * self.num_documents + 8 * index
 
-    def _stretches(self) -> Iterator[tuple[int, str]]:
-        """PREFIX.bin in pieces without checksums."""
-        total = self.num_tokens * self.itemsize
-        for start in range(0, total, STRETCH_BYTES):
-            yield min(STRETCH_BYTES, total - start), ""
+    def _stretches(self) -> Iterator[tuple[int, int, str]]:
+        """Where each stretch of PREFIX.bin begins, its bytes, and its checksum, empty where there is none."""
+        total, place = self.num_tokens * self.itemsize, 0
+        whole, rest = divmod(total, STRETCH_BYTES)
+        unknown = [(STRETCH_BYTES, "")] * whole + [(rest, "")] * (rest > 0)
+        for num_bytes, digest in self.checksums or unknown:
+            yield place, num_bytes, digest
+            place += num_bytes
 
     # [num_documents], [num_documents], [num_documents + 1]; unaligned, as Megatron lays them
     @functools.cached_property
@@ -404,6 +433,8 @@ class Shards:
             facts = orjson.loads(data)
             counts = facts["num_documents"], facts["num_tokens"]
             sizes = [int.__index__(size) for size, _ in facts["checksums"]]
+            if any(size % self.itemsize for size in sizes):
+                raise ValueError
             words = [facts["bin_sha256"], facts["tokenizer_sha256"], *(digest for _, digest in facts["checksums"])]
             if not (
                 all(isinstance(word, str) for word in words) and min([*sizes, int.__index__(facts["vocabulary"])]) > 0
