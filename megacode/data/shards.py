@@ -18,6 +18,7 @@ import json
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -216,12 +217,24 @@ class Shards:
         start, size = self.document_start(index), int(self.lengths[index])
         if not 0 <= size <= self.num_tokens - start:
             raise self._damaged(HEADER.size + 4 * index, f"document {index} has {size} tokens")
-        return self._tokens[start : start + size]
+        return self._read(start, start + size)
 
     def tokens(self, start: int, stop: int) -> IntArray:
         """Ids start..stop-1 of all documents laid end to end: [stop - start]."""
         assert 0 <= start <= stop <= self.num_tokens
-        return self._tokens[start:stop]
+        return self._read(start, stop)
+
+    def _read(self, start: int, stop: int) -> IntArray:
+        """Tokens by a read of its own and not through the map, which would fault page by page, fetch megabytes around
+        each fault, and end the process if the file is cut short meanwhile."""
+        num_bytes, place = (stop - start) * self.itemsize, start * self.itemsize
+        data = os.pread(self._bin_file.fileno(), num_bytes, place)
+        while len(data) < num_bytes:  # Linux reads 2 GiB at most
+            more = os.pread(self._bin_file.fileno(), num_bytes - len(data), place + len(data))
+            if not more:
+                raise UserError(f"{self._bin_path} has become shorter since it was opened; prepare it again")
+            data += more
+        return np.frombuffer(data, self._dtype)
 
     def document_start(self, index: int) -> int:
         """Where a document starts in the concatenation; for index num_documents, where the last one ends."""
@@ -346,6 +359,12 @@ class Shards:
     @functools.cached_property
     def _idx_map(self) -> mmap.mmap:
         return _map(self._idx_path, HEADER.size + 20 * self.num_documents + 8)
+
+    @functools.cached_property
+    def _bin_file(self) -> BinaryIO:
+        file = _opened(self._bin_path)
+        weakref.finalize(self, file.close)
+        return file
 
     @functools.cached_property
     def _tokens(self) -> IntArray:  # [num_tokens]

@@ -26,7 +26,7 @@ import numpy as np
 import typer
 
 from megacode.data.blocks import BLOCK, RESERVE, count, plan
-from megacode.data.shards import HEADER, MAGIC, ShardWriter
+from megacode.data.shards import HEADER, MAGIC, STRETCH_BYTES, ShardWriter
 from megacode.data.source import Source
 from megacode.data.stream import Packing, TrainStream, open_train
 from megacode.data.tokenizer import Tokenizer, train
@@ -52,7 +52,8 @@ def texts(characters: int) -> Iterator[str]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        lines, size = [], 0
+        lines: list[str] = []
+        size = 0
         for line in text.splitlines(keepends=True):
             if characters and size >= characters:
                 yield "".join(lines)
@@ -146,10 +147,11 @@ def write_huge(folder: Path, tokenizer: Tokenizer, files: int, tokens: int) -> l
     index += (np.arange(LONG_DOCUMENTS, dtype="<i8") * 2 * each).tobytes()
     index += np.arange(LONG_DOCUMENTS + 1, dtype="<i8").tobytes()
     num_bytes = 2 * each * LONG_DOCUMENTS
+    stretches = [min(STRETCH_BYTES, num_bytes - start) for start in range(0, num_bytes, STRETCH_BYTES)]
     facts = {
         "tokenizer_sha256": tokenizer.sha256, "vocabulary": tokenizer.vocabulary, "source": "sparse",
         "num_documents": LONG_DOCUMENTS, "num_tokens": each * LONG_DOCUMENTS, "bin_sha256": "0" * 64,
-        "checksums": [[1 << 26, "0" * 64]] * (num_bytes >> 26),
+        "checksums": [[size, "0" * 64] for size in stretches],
     }  # fmt: skip
     prefixes = [folder / f"shard_{number:05d}" for number in range(files)]
     for prefix in prefixes:
