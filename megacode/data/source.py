@@ -15,7 +15,7 @@ from megacode.data.spans import SpanArray, Spans
 from megacode.errors import UserError
 
 _MAX_OPEN = 128
-"""Shards that are mapped at the same time, over all sources. Each takes two to four of usually 1,024 file descriptors."""
+"""Shards that are open at the same time, over all sources: each takes two to four of usually 1,024 descriptors."""
 
 
 class OpenShards:

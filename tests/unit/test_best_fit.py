@@ -1,5 +1,7 @@
 """megacode.data.best_fit: against packing one item after the other, and nothing lost."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ def test_it_is_best_fit_decreasing(capacity, data):
     order = np.array(data.draw(st.permutations(range(len(sizes)))), np.int64)
     items, starts = pack(sizes, capacity, order)
     rooms = one_by_one(sizes.tolist(), capacity)
-    bins = [items[a:b].tolist() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    bins = [items[a:b].tolist() for a, b in pairwise(starts)]
     assert sorted(items.tolist()) == list(range(len(sizes)))
     assert sorted(capacity - int(sizes[bin_].sum()) for bin_ in bins) == sorted(rooms)
     assert all(bin_ for bin_ in bins)
