@@ -17,6 +17,7 @@ import numpy as np
 
 from megacode.data.counter import Purpose, below, chance, draw, key_of
 from megacode.data.packing import Int64Array, Kind
+from megacode.data.shards import IntArray
 from megacode.data.source import Source
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
@@ -62,14 +63,12 @@ class Infiller:
         if source.spans(document) is not None:
             counts["spanned"] += 1
             return None
-        tokenizer = self._tokenizer
-        ids = source.document(document).tolist()
-        text = tokenizer.decode(ids[1:-1])
-        if not text or [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] != ids:
+        text = self._text(source.document(document))
+        if text is None:
             counts["irreversible"] += 1
             return None
         words = _words(key, epoch, document)
-        changed, suffix_first = infill(text, words, tokenizer, self._suffix_first_rate)
+        changed, suffix_first = infill(text, words, self._tokenizer, self._suffix_first_rate)
         if len(changed) > room:
             counts["unfitting"] += 1
             return None
@@ -83,6 +82,16 @@ class Infiller:
         """
         text = self._tokenizer.decode(source.document(document).tolist()[1:-1])
         return _cuts(text, _words(key, epoch, document))
+
+    def _text(self, ids: IntArray) -> str | None:
+        """The text of a document, if there is some and the document is what this tokenizer makes of it."""
+        tokenizer, body = self._tokenizer, ids[1:-1]
+        if len(body) == 0 or (int(ids[0]), int(ids[-1])) != (tokenizer.bos, tokenizer.eos):
+            return None
+        if not 0 <= int(body.min()) <= int(body.max()) < tokenizer.vocabulary:
+            return None  # where the sample is made, that is an error
+        text = tokenizer.decode(body.tolist())
+        return text if np.array_equal(tokenizer.encode_array(text), body) else None
 
 
 def infill(text: str, words: Sequence[int], tokenizer: Tokenizer, suffix_first_rate: float) -> tuple[list[int], bool]:

@@ -1,7 +1,7 @@
 """Which source sample n is from, and which of that source's samples it is: a function of n, with no stored indices.
 
 Samples come in blocks of 10,000. In each block a source has its share, rounded up or down, so that any block is off by
-less than one sample; who is rounded up goes round over a period of 1,024 blocks, at whose end all shares are exact.
+less than one sample; who is rounded up goes round over a period of 987 blocks, at whose end all shares are exact.
 Within a block, a source's places are a stretch of 0..9,999, and sample n stands at place n * MULTIPLIER mod 10,000:
 with a multiplier near the golden section of 10,000 any run of samples is spread evenly (Weyl's sequence), so that an
 optimizer step has nearly its share of each source.
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from megacode.errors import UserError
 
 BLOCK = 10_000
-PERIOD = 1024
+PERIOD = 987
 _MULTIPLIER = 6181  # next to 10,000 / 1.618..., and without a factor in common with 10,000
-_ROUNDING = 633  # likewise of 1,024
+_ROUNDING = 610  # 987 and 610 are Fibonacci numbers: no other multiplier spreads more evenly
 
 
 class Mixture:

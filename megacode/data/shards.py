@@ -19,6 +19,7 @@ import mmap
 import os
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,14 +217,36 @@ class Shards:
         """Ids of a document, framing included: [tokens]."""
         assert 0 <= index < self.num_documents
         start, size = self.document_start(index), int(self.lengths[index])
-        if not 0 <= size <= self.num_tokens - start:
-            raise self._damaged(HEADER.size + 4 * index, f"document {index} has {size} tokens")
-        return self._tokens[start : start + size]
+        self._check_size(index, start, size)
+        return self._read(start, start + size)
+
+    def document_part(self, index: int, start: int, stop: int) -> IntArray:
+        """Ids start..stop-1 of a document: [stop - start]."""
+        assert 0 <= start <= stop <= int(self.lengths[index])
+        place = self.document_start(index)
+        self._check_size(index, place, stop)
+        return self._read(place + start, place + stop)
 
     def tokens(self, start: int, stop: int) -> IntArray:
         """Ids start..stop-1 of all documents laid end to end: [stop - start]."""
         assert 0 <= start <= stop <= self.num_tokens
-        return self._tokens[start:stop]
+        return self._read(start, stop)
+
+    def _read(self, start: int, stop: int) -> IntArray:
+        """Tokens by a read of its own and not through the map, which would fault page by page, fetch megabytes around
+        each fault, and end the process if the file is cut short meanwhile."""
+        file, num_bytes, place = self._bin_file, (stop - start) * self.itemsize, start * self.itemsize
+        data = _pread(file, num_bytes, place)
+        while len(data) < num_bytes:  # Linux reads 2 GiB at most
+            more = _pread(file, num_bytes - len(data), place + len(data))
+            if not more:
+                raise UserError(f"{self._bin_path} has become shorter since it was opened; prepare it again")
+            data += more
+        return np.frombuffer(data, self._dtype)
+
+    def _check_size(self, index: int, start: int, size: int) -> None:
+        if not 0 <= size <= self.num_tokens - start:
+            raise self._damaged(HEADER.size + 4 * index, f"document {index} has {size} tokens")
 
     def document_start(self, index: int) -> int:
         """Where a document starts in the concatenation; for index num_documents, where the last one ends."""
@@ -264,11 +287,11 @@ class Shards:
             UserError: a file is damaged; it names the first byte that is wrong, or the stretch that it lies in.
         """
         self._verify_index(on_bytes)
-        with _opened(self._bin_path) as file, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             stop = threading.Event()
 
             def check(stretch: tuple[int, int, str]) -> int:
-                return self._verify_stretch(file.fileno(), *stretch, self.vocabulary or vocabulary, stop)
+                return self._verify_stretch(*stretch, self.vocabulary or vocabulary, stop)
 
             try:
                 for num_bytes in pool.map(check, self._stretches()):
@@ -296,25 +319,16 @@ class Shards:
             on_bytes(8 * len(found))
 
     def _verify_stretch(
-        self, file: int, place: int, num_bytes: int, digest: str, vocabulary: int | None, stop: threading.Event
+        self, place: int, num_bytes: int, digest: str, vocabulary: int | None, stop: threading.Event
     ) -> int:
-        """Check ids and checksum of a stretch of PREFIX.bin. It is read and not mapped: of a map, what a disk cannot
-        read ends the process."""
-        sha256 = hashlib.sha256()
-        buffer = memoryview(bytearray(min(_BLOCK * self.itemsize, num_bytes)))
-        for start in range(place, place + num_bytes, len(buffer)):
+        """Check ids and checksum of a stretch of PREFIX.bin."""
+        sha256, block_bytes = hashlib.sha256(), _BLOCK * self.itemsize
+        for start in range(place, place + num_bytes, block_bytes):
             if stop.is_set():
                 break
-            data = buffer[: min(len(buffer), place + num_bytes - start)]
-            try:
-                if os.preadv(file, [data], start) < len(data):
-                    raise UserError(f"{self._bin_path} has become shorter; prepare it again")
-            except OSError as error:
-                raise UserError(
-                    f"cannot read {self._bin_path} at byte {start} and behind: {error.strerror}; prepare it again"
-                ) from None
-            sha256.update(data)
-            self._verify_ids(np.frombuffer(data, self._dtype), start, vocabulary)
+            ids = self._read(start // self.itemsize, min(start + block_bytes, place + num_bytes) // self.itemsize)
+            sha256.update(ids.data)
+            self._verify_ids(ids, start, vocabulary)
         else:
             if digest and sha256.hexdigest() != digest:
                 raise UserError(
@@ -377,9 +391,10 @@ class Shards:
         return _map(self._idx_path, HEADER.size + 20 * self.num_documents + 8)
 
     @functools.cached_property
-    def _tokens(self) -> IntArray:  # [num_tokens]
-        num_bytes = self.num_tokens * self.itemsize
-        return np.frombuffer(_map(self._bin_path, num_bytes) if num_bytes else b"", self._dtype)
+    def _bin_file(self) -> BinaryIO:
+        file = _opened(self._bin_path)
+        weakref.finalize(self, file.close)
+        return file
 
     def _read_header(self, idx: BinaryIO) -> tuple[int, int]:
         """Dtype code and number of documents, after checking what the header and the file's size can tell."""
@@ -468,6 +483,15 @@ def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
         if not count:
             raise UserError(f"{source.name} has become shorter; prepare it again")
         done += count
+
+
+def _pread(file: BinaryIO, num_bytes: int, place: int) -> bytes:
+    try:
+        return os.pread(file.fileno(), num_bytes, place)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {file.name} at byte {place} and behind: {error.strerror}; prepare it again"
+        ) from None
 
 
 def _map(path: Path, num_bytes: int) -> mmap.mmap:

@@ -19,6 +19,15 @@ from megacode.checkpoint.store import CheckpointReader, newest
 from megacode.kernels import dispatch
 
 
+def assert_ledger(run):
+    """What the newest checkpoint says that the run was trained on is what its metrics say, step by step."""
+    lines = [line for line in metrics(run) if "loss" in line]
+    infilled = sum(round(line["infilled_share"] * sum(line["labels_by_source"].values())) for line in lines)
+    assert CheckpointReader(newest(run)).progress.ledger == {
+        "train": {"samples": NUM_STEPS * 8, "labels": NUM_STEPS * 8 * 64, "infilled_labels": infilled}
+    }
+
+
 def assert_same_run(run, straight):
     """Bit for bit: figures of every step, and the weights at the end."""
     keys = ("step", "tokens", "loss", "grad_norm", "learning_rate", "validation_loss")
@@ -62,6 +71,9 @@ def test_a_run_leaves_what_it_should(straight):
     (start,) = (json.loads(line) for line in (straight / "starts.jsonl").read_text().splitlines())
     assert (start["step"], start["world_size"], sum(start["hosts"].values())) == (0, 4, 4)
     assert start["layout"]["stages"] == [[0, 2], [2, 4]]
+    (source,) = start["data"]["sources"].values()
+    assert (list(start["data"]["sources"]), start["data"]["packing"]) == (["train"], "concatenate")
+    assert source["epochs"] == pytest.approx(NUM_STEPS * 8 / source["samples_per_epoch"])
     assert start["backends"] == dict.fromkeys((*dispatch.TABLE, "optimizer"), "torch")
     events = [json.loads(line) for line in (straight / "events.jsonl").read_text().splitlines()]
     assert [(event["event"], event["step"]) for event in events] == [("checkpoint", 4), ("checkpoint", 8)]
@@ -102,6 +114,7 @@ def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming from {run}/checkpoints/step_00000004 at step 4" in done.stdout
     assert_same_run(run, straight)
+    assert_ledger(run)
 
 
 def signalled(arguments, rank, number, code):
@@ -291,7 +304,7 @@ def test_figures_on_request(recipe):
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("model.hidden=32", "model.hidden is 32 and"), ("seed=5", "seed is 5 and"), ("batch.sequence_length=32", "batch.sequence_length is 32 and")],
+    [("model.hidden=32", "model.hidden is 32 and"), ("seed=5", "seed is 5 and"), ("batch.sequence_length=32", "batch.sequence_length is 32 and"), ("data.packing=best_fit", "data.packing is best_fit and")],
 )
 def test_the_run_folder_of_another_recipe_is_refused(recipe, straight, override, message):
     done = subprocess.run(

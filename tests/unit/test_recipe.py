@@ -159,3 +159,33 @@ def test_files_that_are_no_recipe(tmp_path, base):
     base.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=r"model: is missing, so are tokenizer, .*schedule.*; give each a value"):
         load(base)
+
+
+SOURCES = "[{name: code, weight: 85, shards: [c/*]}, {name: text, weight: 15.5, shards: [t, u]}]"
+
+
+def test_sources(base, tmp_path):
+    recipe = load(base, [f"data.train={SOURCES}"])
+    assert [(s.name, s.weight, s.shards) for s in recipe.data.train] == [
+        ("code", 85, ["c/*"]), ("text", 15.5, ["t", "u"]),
+    ]  # fmt: skip
+    recipe.save(tmp_path / "saved.yaml")
+    assert load(tmp_path / "saved.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("7", "data.train: must be a prefix, or a list of sources with name, weight and shards; not 7"),
+        ("[]", r"data.train: needs sources with names that differ, not \[\]"),
+        ("[{name: a, weight: 1, shards: [c]}, {name: a, weight: 1, shards: [d]}]", "names that differ, not .'a', 'a'"),
+        ("[{name: a, weight: 0, shards: [c]}]", "data.train: source 0: weight: .* greater than 0, not 0"),
+        ("[{name: a, weight: 1}]", "source 0: shards: is missing; give it a value"),
+        ("[{name: a, weight: 1, shards: []}]", r"source 0: shards: .* at least 1 item"),
+        ("[{name: a, weigth: 1, weight: 1, shards: [c]}]", "source 0: weigth: unknown key; did you mean weight"),
+        ("[a, b]", "source 0: is a section|source 0: .*not 'a'"),
+    ],
+)
+def test_mistakes_in_sources(base, train, message):
+    with pytest.raises(UserError, match=message):
+        load(base, [f"data.train={train}"])

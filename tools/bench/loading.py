@@ -26,7 +26,7 @@ import numpy as np
 import typer
 
 from megacode.data.blocks import BLOCK, RESERVE, count, plan
-from megacode.data.shards import HEADER, MAGIC, ShardWriter
+from megacode.data.shards import HEADER, MAGIC, STRETCH_BYTES, ShardWriter
 from megacode.data.source import Source
 from megacode.data.stream import Packing, TrainStream, open_train
 from megacode.data.tokenizer import Tokenizer, train
@@ -52,7 +52,8 @@ def texts(characters: int) -> Iterator[str]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        lines, size = [], 0
+        lines: list[str] = []
+        size = 0
         for line in text.splitlines(keepends=True):
             if characters and size >= characters:
                 yield "".join(lines)
@@ -78,36 +79,36 @@ def write_code(folder: Path) -> Tokenizer:
 
 
 def stream_figures(
-    prefix: Path, tokenizer: Tokenizer, packing: Packing, rate: float, seconds: float, repetitions: int
+    prefix: Path, tokenizer: Tokenizer, packing: Packing, rate: float, repetitions: int
 ) -> dict[str, Any]:
-    """Tokens a second of one core, and what became of the documents of an epoch as far as it came."""
+    """Tokens a second of one core in each of so many epochs, and what became of their documents."""
     stream = TrainStream(
         [Source(prefix.name, [prefix])], tokenizer, sequence_length=LENGTH, seed=SEED, packing=packing,
         infilling_rate=rate, suffix_first_rate=0.5, document_masks=True,
     )  # fmt: skip
-    number, rates, counts = 0, [], Counter[str]()
+    corpus, per_epoch = stream.corpora[0], stream.cutters[0].per_epoch
+    rates, counts = [], Counter[str]()
     stream.sample(0)
-    for _ in range(repetitions):
-        started, first = time.perf_counter(), number
-        while time.perf_counter() - started < seconds / repetitions:
-            counts += stream.sample(number).counts
-            number += 1
-        rates.append((number - first) * LENGTH / (time.perf_counter() - started))
-    corpus = stream.corpora[0]
-    documents = corpus.num_documents * number / stream.cutters[0].per_epoch
+    for epoch in range(repetitions):
+        started = time.perf_counter()
+        for number in range(per_epoch):
+            counts += stream.sample(epoch * per_epoch + number).counts
+        rates.append(per_epoch * LENGTH / (time.perf_counter() - started))
+    documents, num_samples = corpus.num_documents * repetitions, per_epoch * repetitions
     return {
         "shard": prefix.name,
         "packing": packing,
         "rate": rate,
         "tokens_per_second": median(rates),
         "spread": [min(rates), max(rates)],
-        "samples": number,
-        "samples_per_epoch": stream.cutters[0].per_epoch,
+        "documents": corpus.num_documents,
+        "mean_length": corpus.num_tokens / corpus.num_documents,
+        "samples_per_epoch": per_epoch,
         "samples_of_all_tokens": (corpus.num_tokens - 1) / LENGTH,
         "effective_rate": counts["infilled"] / documents,
         "unfitting": counts["unfitting"] / max(counts["uncut"], 1),
         "irreversible": counts["irreversible"] / max(counts["uncut"], 1),
-        "padding": counts["padding"] / (number * (LENGTH + 1)),
+        "padding": counts["padding"] / (num_samples * (LENGTH + 1)),
     }
 
 
@@ -146,10 +147,11 @@ def write_huge(folder: Path, tokenizer: Tokenizer, files: int, tokens: int) -> l
     index += (np.arange(LONG_DOCUMENTS, dtype="<i8") * 2 * each).tobytes()
     index += np.arange(LONG_DOCUMENTS + 1, dtype="<i8").tobytes()
     num_bytes = 2 * each * LONG_DOCUMENTS
+    stretches = [min(STRETCH_BYTES, num_bytes - start) for start in range(0, num_bytes, STRETCH_BYTES)]
     facts = {
         "tokenizer_sha256": tokenizer.sha256, "vocabulary": tokenizer.vocabulary, "source": "sparse",
         "num_documents": LONG_DOCUMENTS, "num_tokens": each * LONG_DOCUMENTS, "bin_sha256": "0" * 64,
-        "checksums": [[1 << 26, "0" * 64]] * (num_bytes >> 26),
+        "checksums": [[size, "0" * 64] for size in stretches],
     }  # fmt: skip
     prefixes = [folder / f"shard_{number:05d}" for number in range(files)]
     for prefix in prefixes:
@@ -209,8 +211,9 @@ def main(
     folder: Annotated[Path, typer.Argument(help="What is written goes here; the shards of it are removed at the end.")],
     files: Annotated[int, typer.Option(min=3, help="Shards of the huge corpus.")] = 2419,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the huge corpus.")] = 2 * 10**12,
-    seconds: Annotated[float, typer.Option(min=0, help="Of each measurement of the stream.")] = 5.0,
-    repetitions: Annotated[int, typer.Option(min=1, help="Of each measurement; the median is told.")] = 5,
+    repetitions: Annotated[
+        int, typer.Option(min=1, help="Of each measurement, of the stream an epoch; the median is told.")
+    ] = 5,
     json_file: JsonFile = None,
 ) -> None:
     """Tokens a second of the training stream, documents a second of packing, and starts on a huge corpus."""
@@ -221,7 +224,7 @@ def main(
             (packing, rate) for rate in (0.0, 0.9) for packing in ("concatenate", "best_fit")
         ]
         streams = [
-            stream_figures(folder / name, tokenizer, packing, rate, seconds, repetitions)
+            stream_figures(folder / name, tokenizer, packing, rate, repetitions)
             for name in ("pieces", "files")
             for packing, rate in cases
         ]
