@@ -12,14 +12,13 @@ from megacode.tools.bench.prepare import Row, check, table, write_corpus
 
 def test_all_contestants_make_the_same_tokens(tmp_path):
     tokenizer = train_tokenizer(tmp_path / "t.model")
-    command = [sys.executable, "-m", "megacode.tools.bench.prepare", "--small", "1", "--large", "2", "--rounds", "1"]
+    command = [sys.executable, "-m", "megacode.tools.bench.prepare", "--small", "1", "--large", "0", "--rounds", "1"]
     command += ["--tokenizer", str(tokenizer), "--folder", str(tmp_path), "--json", "-"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [(row["name"], row["workers"], round(row["megabytes"])) for row in rows] == [
         *(("megacode", 1, 1), ("megacode", 2, 1), ("sentencepiece", 1, 1), ("datatrove", 1, 1), ("datatrove", 2, 1)),
-        *(("megacode", 1, 2), ("megacode", 2, 2)),
     ]
     assert all(row["tokens"] > 100_000 and row["peak_bytes"] > 20e6 and len(row["seconds"]) == 1 for row in rows)
     assert all(row["per_core"][0] == pytest.approx(row["megabytes"] / row["seconds"][0] / row["workers"]) for row in rows)
