@@ -28,6 +28,7 @@ from megacode.data.infill import Infiller
 from megacode.data.packing import Kind, Piece, padding
 from megacode.data.shards import Shards
 from megacode.data.source import Source
+from megacode.errors import UserError
 
 BLOCK = 1 << 18
 """Documents that are packed together."""
@@ -150,14 +151,16 @@ class BestFit:
     def _part(self, shards: Shards, shard: int, number: int, start: int, stop: int) -> Piece:
         """Tokens start..stop-1 of a document. The first one is predicted by the piece before it, if there is one."""
         document = self._source.first_document(shard) + number
-        place = shards.document_start(number)
+        place, end = shards.document_start(number), shards.document_start(number + 1)
+        if stop > end - place:
+            raise _damaged(shards, number)
         ids = shards.tokens(place + start, place + stop).astype(np.int64)
         spans = self._source.spans(document)
         unpredicted = None if spans is None else np.clip(spans - start, 0, stop - start)
         if start:
             first = np.array([[0, 1]])
             unpredicted = first if unpredicted is None else np.concatenate([first, unpredicted])
-        kind: Kind = "whole" if (start, stop) == (0, int(shards.lengths[number])) else "cut"
+        kind: Kind = "whole" if (start, stop) == (0, end - place) else "cut"
         return Piece(ids, kind, True, document, start, stop, unpredicted)
 
     def _locate(self, sample: int) -> tuple[int, int, int]:
@@ -185,7 +188,7 @@ class BestFit:
         if (known := self._plans.get((epoch, block))) is not None:
             return known
         shard, number = self._blocks[block].tolist()
-        lengths = self._source.shard(shard).lengths[number * BLOCK : (number + 1) * BLOCK].astype(np.int32)
+        lengths = _lengths(self._source.shard(shard), number)
         words = draw_array(key_of(self._key, epoch, Purpose.NEIGHBOURS, block), np.arange(len(lengths)))
         found = plan(lengths, self._length, self._reserve, stable_argsort(words >> np.uint64(32)))
         self._plans[epoch, block] = found
@@ -215,10 +218,8 @@ def count_samples(shards: Shards, sequence_length: int, reserve: int) -> NDArray
             return kept[len(facts) :]
     except (OSError, ValueError, EOFError):
         pass
-    counts = [
-        count(shards.lengths[start : start + BLOCK].astype(np.int32), sequence_length, reserve)
-        for start in range(0, shards.num_documents, BLOCK)
-    ]
+    num_blocks = -(-shards.num_documents // BLOCK)
+    counts = [count(_lengths(shards, number), sequence_length, reserve) for number in range(num_blocks)]
     found = np.array(counts, np.int64)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -228,6 +229,27 @@ def count_samples(shards: Shards, sequence_length: int, reserve: int) -> NDArray
     except OSError:  # a folder that can't be written: the next start counts again
         temporary.unlink(missing_ok=True)
     return found
+
+
+def _lengths(shards: Shards, block: int) -> Int32Array:
+    """Of the documents of a block: [documents].
+
+    Raises:
+        UserError: they are not those of the tokens that the block has.
+    """
+    first, stop = block * BLOCK, min((block + 1) * BLOCK, shards.num_documents)
+    lengths = shards.lengths[first:stop].astype(np.int32)
+    num_tokens = shards.document_start(stop) - shards.document_start(first)
+    if len(lengths) and (lengths.min() < 0 or lengths.sum(dtype=np.int64) != num_tokens):
+        raise _damaged(shards, first)
+    return lengths
+
+
+def _damaged(shards: Shards, document: int) -> UserError:
+    return UserError(
+        f"{shards.prefix}.idx is damaged: from document {document} on its lengths are not those of the tokens; "
+        "prepare it again"
+    )
 
 
 def _identity(shards: Shards) -> list[int]:
