@@ -139,6 +139,8 @@ class DataSection(Section):
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     """How documents become sequences: laid end to end and cut where a sequence is full (Code Llama); or packed so that
     none is cut that fits into one."""
+    workers: int = Field(default=1, ge=0)
+    """Processes of each rank that make its micro-batches ahead of the steps; 0: it makes each when it needs it."""
 
     @field_validator("train", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ A document longer than a sample is cut into pieces that overlap by one token, so
 last one is packed as a short document is, the others fill a sample each.
 """
 
+import contextlib
 import hashlib
 import os
 from collections import Counter, OrderedDict
@@ -52,6 +53,11 @@ class Plan:
     starts: Int32Array  # [packed samples + 1]; where each sample's begin in `items`
     long: Int32Array  # [long documents]; numbers in the block
     long_ends: NDArray[np.int64]  # [long documents]; full pieces of them and those before
+
+    @property
+    def num_samples(self) -> int:
+        """How many there are."""
+        return len(self.starts) - 1 + int(self.long_ends[-1] if len(self.long_ends) else 0)
 
 
 def full_pieces(lengths: Int32Array, sequence_length: int) -> Int32Array:
@@ -151,16 +157,13 @@ class BestFit:
     def _part(self, shards: Shards, shard: int, number: int, start: int, stop: int) -> Piece:
         """Tokens start..stop-1 of a document. The first one is predicted by the piece before it, if there is one."""
         document = self._source.first_document(shard) + number
-        place, end = shards.document_start(number), shards.document_start(number + 1)
-        if stop > end - place:
-            raise _damaged(shards, number)
-        ids = shards.tokens(place + start, place + stop).astype(np.int64)
+        ids = shards.document_part(number, start, stop).astype(np.int64)
         spans = self._source.spans(document)
         unpredicted = None if spans is None else np.clip(spans - start, 0, stop - start)
         if start:
             first = np.array([[0, 1]])
             unpredicted = first if unpredicted is None else np.concatenate([first, unpredicted])
-        kind: Kind = "whole" if (start, stop) == (0, end - place) else "cut"
+        kind: Kind = "whole" if (start, stop) == (0, int(shards.lengths[number])) else "cut"
         return Piece(ids, kind, True, document, start, stop, unpredicted)
 
     def _locate(self, sample: int) -> tuple[int, int, int]:
@@ -191,6 +194,12 @@ class BestFit:
         lengths = _lengths(self._source.shard(shard), number)
         words = draw_array(key_of(self._key, epoch, Purpose.NEIGHBOURS, block), np.arange(len(lengths)))
         found = plan(lengths, self._length, self._reserve, stable_argsort(words >> np.uint64(32)))
+        if found.num_samples != self._counts[block]:
+            prefix = self._source.prefixes[shard]
+            raise UserError(
+                f"{prefix}.idx gives {found.num_samples} samples of its block {number} and {prefix}.best_fit_* counts "
+                f"{self._counts[block]}; remove the latter, and look with `megacode data verify {prefix}`"
+            )
         self._plans[epoch, block] = found
         _forget(self._plans, 2 * GROUP)  # those of the groups on both sides of a seam
         return found
@@ -208,27 +217,36 @@ def _keys(key: int, epoch: int, group: int) -> list[int]:
 
 
 def count_samples(shards: Shards, sequence_length: int, reserve: int) -> NDArray[np.int64]:
-    """Samples of each block of a shard. They are kept in PREFIX.best_fit_LENGTH_RESERVE.npy, which is made here if it
-    is missing or of another shard, and if it can be: [blocks]."""
-    path = Path(f"{shards.prefix}.best_fit_{sequence_length}_{reserve}.npy")
-    facts = np.array([_VERSION, BLOCK, shards.num_documents, shards.num_tokens, *_identity(shards)], np.int64)
-    try:
-        kept = np.load(path, allow_pickle=False)
-        if kept.dtype == np.int64 and kept.ndim == 1 and np.array_equal(kept[: len(facts)], facts):
-            return kept[len(facts) :]
-    except (OSError, ValueError, EOFError):
-        pass
+    """Samples of each block of a shard. They are kept in PREFIX.best_fit_LENGTH_RESERVE, which is made here if it is
+    missing, damaged or of another shard, and if it can be: [blocks]."""
+    path = Path(f"{shards.prefix}.best_fit_{sequence_length}_{reserve}")
+    facts = np.array([_VERSION, BLOCK, shards.num_documents, shards.num_tokens, *_identity(shards)], "<i8")
     num_blocks = -(-shards.num_documents // BLOCK)
+    if (kept := _read_kept(path, facts, num_blocks)) is not None:
+        return kept
     counts = [count(_lengths(shards, number), sequence_length, reserve) for number in range(num_blocks)]
-    found = np.array(counts, np.int64)
+    data = np.concatenate([facts, np.array(counts, "<i8")]).tobytes()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            np.save(file, np.concatenate([facts, found]), allow_pickle=False)
+        temporary.write_bytes(data + hashlib.sha256(data).digest())
         os.replace(temporary, path)
     except OSError:  # a folder that can't be written: the next start counts again
-        temporary.unlink(missing_ok=True)
-    return found
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return np.array(counts, np.int64)
+
+
+def _read_kept(path: Path, facts: NDArray[np.int64], num_blocks: int) -> NDArray[np.int64] | None:
+    """The counts that are kept in a file, if it is whole and says these facts: [blocks]."""
+    num_bytes = 8 * (len(facts) + num_blocks)
+    try:
+        with path.open("rb") as file:
+            data, digest, rest = file.read(num_bytes), file.read(32), file.read(1)
+    except OSError:
+        return None
+    if rest or hashlib.sha256(data).digest() != digest or not data.startswith(facts.tobytes()):
+        return None
+    return np.frombuffer(data, "<i8")[len(facts) :].astype(np.int64)
 
 
 def _lengths(shards: Shards, block: int) -> Int32Array:

@@ -67,7 +67,7 @@ class Infiller:
         if text is None:
             counts["irreversible"] += 1
             return None
-        words = draw(key_of(key, epoch, Purpose.WHERE_TO_CUT), document, 3)
+        words = _words(key, epoch, document)
         changed, suffix_first = infill(text, words, self._tokenizer, self._suffix_first_rate)
         if len(changed) > room:
             counts["unfitting"] += 1
@@ -75,11 +75,21 @@ class Infiller:
         counts["infilled"] += 1
         return np.array(changed, np.int64), "SPM" if suffix_first else "PSM"
 
+    def cuts(self, source: Source, document: int, key: int, epoch: int) -> tuple[int, int]:
+        """Where an infilling document is cut: the characters of its text that its middle begins with and ends before.
+
+        Arguments as of `infilled`.
+        """
+        text = self._tokenizer.decode(source.document(document).tolist()[1:-1])
+        return _cuts(text, _words(key, epoch, document))
+
     def _text(self, ids: IntArray) -> str | None:
         """The text of a document, if there is some and the document is what this tokenizer makes of it."""
         tokenizer, body = self._tokenizer, ids[1:-1]
         if len(body) == 0 or (int(ids[0]), int(ids[-1])) != (tokenizer.bos, tokenizer.eos):
             return None
+        if not 0 <= int(body.min()) <= int(body.max()) < tokenizer.vocabulary:
+            return None  # where the sample is made, that is an error
         text = tokenizer.decode(body.tolist())
         return text if np.array_equal(tokenizer.encode_array(text), body) else None
 
@@ -98,11 +108,19 @@ def infill(text: str, words: Sequence[int], tokenizer: Tokenizer, suffix_first_r
     Returns:
         The ids, BOS and EOS included, and whether they are in SPM order.
     """
-    first, second, order = words
-    start, stop = sorted((below(first, len(text) + 1), below(second, len(text) + 1)))
-    suffix_first = chance(order, suffix_first_rate)
+    start, stop = _cuts(text, words)
+    suffix_first = chance(words[2], suffix_first_rate)
     ids = infilling_document(text[:start], text[start:stop], text[stop:], tokenizer, suffix_first=suffix_first)
     return ids, suffix_first
+
+
+def _words(key: int, epoch: int, document: int) -> list[int]:
+    return draw(key_of(key, epoch, Purpose.WHERE_TO_CUT), document, 3)
+
+
+def _cuts(text: str, words: Sequence[int]) -> tuple[int, int]:
+    start, stop = sorted(below(word, len(text) + 1) for word in words[:2])
+    return start, stop
 
 
 def infilling_document(

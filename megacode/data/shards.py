@@ -17,9 +17,12 @@ import hashlib
 import json
 import mmap
 import os
+import resource
 import struct
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -36,6 +39,7 @@ DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.
 STRETCH_BYTES = 64 << 20
 """The most that one checksum covers."""
 _BLOCK = 1 << 20  # documents, or tokens, that are looked at in one piece
+_MOST_FILES = 1 << 16
 
 IntArray = NDArray[np.integer[Any]]
 
@@ -137,10 +141,13 @@ class ShardWriter:
             for part in ("bin", "idx", "json", "lengths"):
                 self._temporary(part).unlink(missing_ok=True)
 
-    def _publish(self) -> None:
-        # Without its .idx a shard does not exist: taking the old one away first and putting the new one last, no crash
-        # can leave a mixture of two shards that opens.
+    def withdraw(self) -> None:
+        """Take away the shard that stands there: without its .idx it does not exist."""
         _path(self.prefix, "idx").unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        # The old .idx goes first and the new one comes last: no crash can leave a mixture of two shards that opens.
+        self.withdraw()
         for part in ("bin", "json", "idx"):
             os.replace(self._temporary(part), _path(self.prefix, part))
 
@@ -215,9 +222,15 @@ class Shards:
         """Ids of a document, framing included: [tokens]."""
         assert 0 <= index < self.num_documents
         start, size = self.document_start(index), int(self.lengths[index])
-        if not 0 <= size <= self.num_tokens - start:
-            raise self._damaged(HEADER.size + 4 * index, f"document {index} has {size} tokens")
+        self._check_size(index, start, size)
         return self._read(start, start + size)
+
+    def document_part(self, index: int, start: int, stop: int) -> IntArray:
+        """Ids start..stop-1 of a document: [stop - start]."""
+        assert 0 <= start <= stop <= int(self.lengths[index])
+        place = self.document_start(index)
+        self._check_size(index, place, stop)
+        return self._read(place + start, place + stop)
 
     def tokens(self, start: int, stop: int) -> IntArray:
         """Ids start..stop-1 of all documents laid end to end: [stop - start]."""
@@ -227,14 +240,18 @@ class Shards:
     def _read(self, start: int, stop: int) -> IntArray:
         """Tokens by a read of its own and not through the map, which would fault page by page, fetch megabytes around
         each fault, and end the process if the file is cut short meanwhile."""
-        num_bytes, place = (stop - start) * self.itemsize, start * self.itemsize
-        data = os.pread(self._bin_file.fileno(), num_bytes, place)
+        file, num_bytes, place = self._bin_file, (stop - start) * self.itemsize, start * self.itemsize
+        data = _pread(file, num_bytes, place)
         while len(data) < num_bytes:  # Linux reads 2 GiB at most
-            more = os.pread(self._bin_file.fileno(), num_bytes - len(data), place + len(data))
+            more = _pread(file, num_bytes - len(data), place + len(data))
             if not more:
                 raise UserError(f"{self._bin_path} has become shorter since it was opened; prepare it again")
             data += more
         return np.frombuffer(data, self._dtype)
+
+    def _check_size(self, index: int, start: int, size: int) -> None:
+        if not 0 <= size <= self.num_tokens - start:
+            raise self._damaged(HEADER.size + 4 * index, f"document {index} has {size} tokens")
 
     def document_start(self, index: int) -> int:
         """Where a document starts in the concatenation; for index num_documents, where the last one ends."""
@@ -275,21 +292,17 @@ class Shards:
             UserError: a file is damaged; it names the first byte that is wrong, or the stretch that it lies in.
         """
         self._verify_index(on_bytes)
-        place = 0
-        for num_bytes, digest in self.checksums or self._stretches():
-            sha256 = hashlib.sha256()
-            for start in range(place, place + num_bytes, _BLOCK * self.itemsize):
-                stop = min(start + _BLOCK * self.itemsize, place + num_bytes)
-                block = self._tokens[start // self.itemsize : stop // self.itemsize]
-                self._verify_ids(block, start, self.vocabulary or vocabulary)
-                sha256.update(block.data)
-                on_bytes(stop - start)
-            if digest and sha256.hexdigest() != digest:
-                raise UserError(
-                    f"{self._bin_path} is damaged: bytes {place} to {place + num_bytes - 1} have another checksum than "
-                    f"{self.prefix}.json says; prepare it again"
-                )
-            place += num_bytes
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            stop = threading.Event()
+
+            def check(stretch: tuple[int, int, str]) -> int:
+                return self._verify_stretch(*stretch, self.vocabulary or vocabulary, stop)
+
+            try:
+                for num_bytes in pool.map(check, self._stretches()):
+                    on_bytes(num_bytes)
+            finally:
+                stop.set()  # a mistake is told at once, not when all stretches behind it are read
 
     def _verify_index(self, on_bytes: Callable[[int], None]) -> None:
         offset = 0
@@ -310,10 +323,29 @@ class Shards:
             self._compare(found, np.arange(start, start + len(found)), place, 8, "a wrong entry in the document index")
             on_bytes(8 * len(found))
 
+    def _verify_stretch(
+        self, place: int, num_bytes: int, digest: str, vocabulary: int | None, stop: threading.Event
+    ) -> int:
+        """Check ids and checksum of a stretch of PREFIX.bin."""
+        sha256, block_bytes = hashlib.sha256(), _BLOCK * self.itemsize
+        for start in range(place, place + num_bytes, block_bytes):
+            if stop.is_set():
+                break
+            ids = self._read(start // self.itemsize, min(start + block_bytes, place + num_bytes) // self.itemsize)
+            sha256.update(ids.data)
+            self._verify_ids(ids, start, vocabulary)
+        else:
+            if digest and sha256.hexdigest() != digest:
+                raise UserError(
+                    f"{self._bin_path} is damaged: bytes {place} to {place + num_bytes - 1} have another checksum than "
+                    f"{self.prefix}.json says; prepare it again"
+                )
+        return num_bytes
+
     def _verify_ids(self, block: IntArray, place: int, vocabulary: int | None) -> None:
-        wrong = (block < 0) if vocabulary is None else (block < 0) | (block >= vocabulary)
-        if wrong.any():
-            first = int(wrong.argmax())
+        highest = np.iinfo(self._dtype).max if vocabulary is None else vocabulary - 1
+        if int(block.min()) < 0 or int(block.max()) > highest:
+            first = int(((block < 0) | (block > highest)).argmax())
             byte = place + first * self.itemsize
             raise UserError(
                 f"{self._bin_path} is damaged: byte {byte} begins id {int(block[first])}, which is no row of the "
@@ -333,11 +365,14 @@ class Shards:
         """The byte of the index where a document's offset stands."""
         return HEADER.size + 4 * self.num_documents + 8 * index
 
-    def _stretches(self) -> Iterator[tuple[int, str]]:
-        """PREFIX.bin in pieces without checksums."""
-        total = self.num_tokens * self.itemsize
-        for start in range(0, total, STRETCH_BYTES):
-            yield min(STRETCH_BYTES, total - start), ""
+    def _stretches(self) -> Iterator[tuple[int, int, str]]:
+        """Where each stretch of PREFIX.bin begins, its bytes, and its checksum, empty where there is none."""
+        total, place = self.num_tokens * self.itemsize, 0
+        whole, rest = divmod(total, STRETCH_BYTES)
+        unknown = [(STRETCH_BYTES, "")] * whole + [(rest, "")] * (rest > 0)
+        for num_bytes, digest in self.checksums or unknown:
+            yield place, num_bytes, digest
+            place += num_bytes
 
     # [num_documents], [num_documents], [num_documents + 1]; unaligned, as Megatron lays them
     @functools.cached_property
@@ -365,11 +400,6 @@ class Shards:
         file = _opened(self._bin_path)
         weakref.finalize(self, file.close)
         return file
-
-    @functools.cached_property
-    def _tokens(self) -> IntArray:  # [num_tokens]
-        num_bytes = self.num_tokens * self.itemsize
-        return np.frombuffer(_map(self._bin_path, num_bytes) if num_bytes else b"", self._dtype)
 
     def _read_header(self, idx: BinaryIO) -> tuple[int, int]:
         """Dtype code and number of documents, after checking what the header and the file's size can tell."""
@@ -422,13 +452,17 @@ class Shards:
         try:
             facts = orjson.loads(data)
             counts = facts["num_documents"], facts["num_tokens"]
-            num_bytes = sum(size for size, digest in facts["checksums"] if isinstance(digest, str) and size > 0)
-            strings = facts["bin_sha256"], facts["tokenizer_sha256"], facts["source"]
-            if not all(isinstance(value, str) for value in strings) or not isinstance(facts["vocabulary"], int):
-                raise TypeError
+            sizes = [int.__index__(size) for size, _ in facts["checksums"]]
+            if any(size % self.itemsize for size in sizes):
+                raise ValueError
+            words = [facts["bin_sha256"], facts["tokenizer_sha256"], *(digest for _, digest in facts["checksums"])]
+            if not (
+                all(isinstance(word, str) for word in words) and min([*sizes, int.__index__(facts["vocabulary"])]) > 0
+            ):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} cannot be understood; prepare the shard again") from None
-        if counts != (self.num_documents, self.num_tokens) or num_bytes != self.num_tokens * self.itemsize:
+        if counts != (self.num_documents, self.num_tokens) or sum(sizes) != self.num_tokens * self.itemsize:
             raise UserError(f"{path} counts other documents or tokens than {self._idx_path}; prepare the shard again")
         return facts
 
@@ -456,12 +490,31 @@ def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
         done += count
 
 
+def _pread(file: BinaryIO, num_bytes: int, place: int) -> bytes:
+    try:
+        return os.pread(file.fileno(), num_bytes, place)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {file.name} at byte {place} and behind: {error.strerror}; prepare it again"
+        ) from None
+
+
 def _map(path: Path, num_bytes: int) -> mmap.mmap:
+    _allow_many_files()
     with _opened(path) as file:
         try:
             return mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
-        except (ValueError, OSError) as error:  # a map keeps its file open: there may be too many of them
+        except (ValueError, OSError) as error:
             raise UserError(f"cannot map {path}: {error}; see that it is whole, and raise `ulimit -n`") from None
+
+
+@functools.cache
+def _allow_many_files() -> None:
+    """A map keeps its file open, and a corpus has thousands: more than the 1,024 that systems allow until asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -21,6 +21,7 @@ from megacode.errors import UserError
 MAGIC = b"MEGASPAN"
 HEADER = struct.Struct("<8sQQQ")  # magic, version, documents, spans
 _BLOCK = 1 << 20  # documents, or spans, that are looked at in one piece
+_VERIFIED = 1 << 16  # documents that are verified in one piece, with all their spans
 
 SpanArray = NDArray[np.int32]
 
@@ -129,8 +130,9 @@ class Spans:
         self._pairs = _map(
             self.path, "<i4", HEADER.size + 8 * count, (self.num_spans, 2)
         )  # [num_spans, start and stop]
-        if self.num_spans and (int(self._firsts[0]), int(self._firsts[-1])) != (0, self.num_spans):
-            raise self._damaged()
+        for place, expected in ((0, 0), (num_documents, self.num_spans)):
+            if self.num_spans and int(self._firsts[place]) != expected:
+                raise self._damaged(self._first_place(place), "a wrong number of a first span")
 
     def of(self, document: int) -> SpanArray:
         """Spans of a document: [spans, 2], start and stop of each.
@@ -143,11 +145,10 @@ class Spans:
             return np.empty((0, 2), np.int32)
         first, last = int(self._firsts[document]), int(self._firsts[document + 1])
         if not 0 <= first <= last <= self.num_spans:
-            raise self._damaged()
+            raise self._damaged(self._first_place(document), "a wrong number of a first span")
         pairs = np.array(self._pairs[first:last], np.int32)
-        flat = pairs.ravel()
-        if flat.size and (flat[0] < 0 or (pairs[:, 0] >= pairs[:, 1]).any() or (flat[2::2] < flat[1:-1:2]).any()):
-            raise self._damaged()
+        if (wrong := _first_wrong(pairs)) is not None:
+            raise self._damaged(self._pair_place(first + wrong), "a span that does not follow the one before it")
         return pairs
 
     def first_spans(self) -> Iterable[NDArray[np.int64]]:
@@ -170,12 +171,25 @@ class Spans:
         Raises:
             UserError: the file is damaged, or belongs to another shard.
         """
-        for document in range(self.num_documents if self.num_spans else 0):
-            spans = self.of(document)
-            if len(spans) and spans[-1, 1] > lengths[document]:
-                raise UserError(
-                    f"{self.path}: a span of document {document} ends at token {spans[-1, 1]} and the document has "
-                    f"{lengths[document]}; prepare the shard again"
+        for start in range(0, self.num_documents if self.num_spans else 0, _VERIFIED):
+            stop = min(start + _VERIFIED, self.num_documents)
+            firsts = np.array(self._firsts[start : stop + 1], np.int64)
+            falls = np.flatnonzero((np.diff(firsts) < 0) | (firsts[1:] > self.num_spans))
+            if falls.size:
+                self.of(start + int(falls[0]))
+            documents = np.repeat(np.arange(start, stop), np.diff(firsts))  # [spans of these documents]
+            pairs = np.array(self._pairs[firsts[0] : firsts[-1]], np.int64)
+            if (wrong := _first_wrong(pairs, documents)) is not None:
+                self.of(int(documents[wrong]))
+            beyond = np.flatnonzero(pairs[:, 1] > lengths[start:stop].astype(np.int64)[documents - start])
+            if beyond.size:
+                span = int(beyond[0])
+                document = int(documents[span])
+                byte = self._pair_place(int(firsts[0]) + span) + 4
+                raise self._damaged(
+                    byte,
+                    f"a span of document {document} ends at token {pairs[span, 1]} and the document has "
+                    f"{lengths[document]}",
                 )
 
     def _read_header(self) -> int:
@@ -206,8 +220,29 @@ class Spans:
             )
         return int(num_spans)
 
-    def _damaged(self) -> UserError:
-        return UserError(f"{self.path} is damaged: its spans do not follow each other; prepare the shard again")
+    def _first_place(self, document: int) -> int:
+        """The byte where the number of a document's first span stands."""
+        return HEADER.size + 8 * document
+
+    def _pair_place(self, span: int) -> int:
+        """The byte where a span stands."""
+        return HEADER.size + 8 * (self.num_documents + 1 + span)
+
+    def _damaged(self, byte: int, what: str) -> UserError:
+        return UserError(f"{self.path} is damaged at byte {byte}: {what}; prepare the shard again")
+
+
+def _first_wrong(pairs: NDArray[np.integer[Any]], documents: NDArray[np.integer[Any]] | None = None) -> int | None:
+    """The first span that is empty, begins before its document, or before the end of the one before it.
+
+    Args:
+        pairs: start and stop of spans: [spans, 2].
+        documents: whose they are; left out, all are one document's: [spans].
+    """
+    wrong = (pairs[:, 0] < 0) | (pairs[:, 0] >= pairs[:, 1])
+    overlaps = pairs[1:, 0] < pairs[:-1, 1]
+    wrong[1:] |= overlaps if documents is None else overlaps & (documents[1:] == documents[:-1])
+    return int(wrong.argmax()) if wrong.any() else None
 
 
 def spans_path(prefix: str | Path) -> Path:

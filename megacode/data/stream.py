@@ -51,6 +51,8 @@ class Part:
     ids: Int64Array  # [tokens]
     unpredicted: list[tuple[int, int]]
     """Stretches of `ids` that have no loss."""
+    cuts: tuple[int, int] | None = None
+    """Of an infilling document: the characters of its text that the middle begins with and ends before."""
 
 
 class TrainStream:
@@ -96,7 +98,8 @@ class TrainStream:
         self.packing = packing
         self._vocabulary = tokenizer.vocabulary
         self._document_masks = document_masks
-        infiller = Infiller(tokenizer, infilling_rate, suffix_first_rate)
+        self._infiller = infiller = Infiller(tokenizer, infilling_rate, suffix_first_rate)
+        self._keys = [key_of(seed, number) for number in range(len(corpora))]
         make: type[Concatenated] | type[BestFit] = BestFit if packing == "best_fit" else Concatenated
         for corpus in corpora:
             if corpus.num_tokens <= sequence_length:
@@ -105,7 +108,7 @@ class TrainStream:
                     f"batch.sequence_length + 1 = {sequence_length + 1}; prepare more text or shorten the sequence"
                 )
         self.cutters: tuple[Cutter, ...] = tuple(
-            make(corpus, sequence_length, key_of(seed, number), infiller) for number, corpus in enumerate(corpora)
+            make(corpus, sequence_length, key, infiller) for corpus, key in zip(corpora, self._keys, strict=True)
         )
 
     def sample(self, number: int) -> Sample:
@@ -132,7 +135,13 @@ class TrainStream:
     def explain(self, number: int) -> list[Part]:
         """What sample `number` is made of, in order: sequence_length + 1 tokens, of which the last is a label only."""
         source, pieces = self._pieces(number, Counter())
-        return [self._part(source, piece) for piece in pieces]
+        _, epoch = self.locate(number)
+        return [self._part(source, piece, epoch) for piece in pieces]
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """The source of sample `number`, and in which of its epochs the sample lies."""
+        source, own_number = self.mixture.locate(number)
+        return source, own_number // self.cutters[source].per_epoch
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """What the meaning of samples' numbers depends on: source -> weight, num_tokens, samples_per_epoch, hash."""
@@ -155,18 +164,20 @@ class TrainStream:
         source, own_number = self.mixture.locate(number)
         return source, self.cutters[source].pieces(own_number, counts)
 
-    def _part(self, source: int, piece: Piece) -> Part:
+    def _part(self, source: int, piece: Piece, epoch: int) -> Part:
         spans = [] if piece.unpredicted is None else [(int(a), int(b)) for a, b in piece.unpredicted if a < b]
         if piece.kind == "padding":
             return Part(piece.kind, None, None, None, 0, len(piece.ids), piece.ids, spans)
         corpus = self.corpora[source]
         shard, document = corpus.shard_of(piece.document)
         prefix = corpus.prefixes[shard]
-        return Part(piece.kind, corpus.name, prefix, document, piece.start, piece.stop, piece.ids, spans)
+        cuts = self._infiller.cuts(corpus, piece.document, self._keys[source], epoch) if piece.infilled else None
+        return Part(piece.kind, corpus.name, prefix, document, piece.start, piece.stop, piece.ids, spans, cuts)
 
     def _where(self, source: int, piece: Piece) -> str:
-        part = self._part(source, piece)
-        return f"document {part.document} of {part.prefix}"
+        corpus = self.corpora[source]
+        shard, document = corpus.shard_of(piece.document)
+        return f"document {document} of {corpus.prefixes[shard]}"
 
     def _refuse(self, source: int, pieces: list[Piece]) -> None:
         """Raise for the first token that is no row of the vocabulary."""

@@ -108,6 +108,10 @@ class Tokenizer:
         except UnicodeDecodeError:
             return self._continuation.decode(list(ids))
 
+    def texts(self, ids: Iterable[int]) -> list[bytes]:
+        """What each id gives when decoded, as UTF-8; an id may give a part of a character, or nothing."""
+        return [self._texts[row] for row in ids]
+
     @functools.cached_property
     def _texts(self) -> list[bytes]:
         """What each row gives when decoded."""

@@ -35,10 +35,16 @@ class ValidationStream:
         self._document_masks = document_masks
 
     def sample(self, number: int) -> Sample:
-        """Sample `number`. Labels past the corpus's end are IGNORE; past num_samples all of them are."""
+        """Sample `number`. Labels past the corpus's end are IGNORE; past num_samples all of them are.
+
+        Raises:
+            UserError: the shard is damaged.
+        """
         start = min(number * self._sequence_length, self.corpus.num_tokens)
         stop = min(start + self._sequence_length + 1, self.corpus.num_tokens)
         pieces: list[Piece] = window(self.corpus, start, stop)
+        if sum(len(piece.ids) for piece in pieces) != stop - start:
+            raise UserError(f"{self.corpus.name}.idx has lengths that do not fit its offsets; prepare the shard again")
         if rest := self._sequence_length + 1 - (stop - start):
             pieces.append(padding(rest))
         return join(pieces, self._sequence_length, self._document_masks)

@@ -1,8 +1,8 @@
 """The training loop: what a rank does from its first step to the last checkpoint."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +13,10 @@ import torch.distributed as dist
 
 from megacode.checkpoint import store
 from megacode.checkpoint.store import Progress
-from megacode.data.stream import MicroBatch as HostBatch
-from megacode.data.stream import TrainStream, ValidationStream, step_indices
+from megacode.data.stream import TrainStream, ValidationStream
 from megacode.engine.zero import ZeroEngine
-from megacode.model.layers import IGNORE, part_of
+from megacode.model.layers import part_of
 from megacode.parallel import heartbeat
-from megacode.parallel.context import own_part
 from megacode.parallel.heartbeat import awaiting_device, communicating, doing
 from megacode.parallel.mesh import Mesh
 from megacode.parallel.phases import Recorder, measure
@@ -28,6 +26,7 @@ from megacode.plan.model import flops_per_token
 from megacode.recipe import Recipe
 from megacode.train.faults import Asked, Requests
 from megacode.train.journal import Journal
+from megacode.train.loader import Loader, count_labels, load
 from megacode.train.metrics import device_peak_teraflops, memory_bytes, split_losses, write_status
 from megacode.train.profile import profiled
 from megacode.train.schedule import learning_rate
@@ -59,6 +58,23 @@ class Trainer:
         Raises:
             FloatingPointError: a loss or a gradient norm is not finite, and the recipe does not go on then.
         """
+        schedule = self.recipe.schedule
+        asked = Asked(None, False)
+        if self.progress.step < schedule.steps:
+            doing("starting the data loader")
+            with self.loader:
+                asked = self._steps()
+        return asked.stop if self.progress.step < schedule.steps else None
+
+    @functools.cached_property
+    def loader(self) -> Loader:
+        """Of the steps from `progress` to the schedule's last one."""
+        left = self.recipe.schedule.steps - self.progress.step
+        first, size = self.progress.next_sample, self.recipe.batch.global_samples
+        return load(self.recipe, self.mesh, self.stream, first, first + left * size, self.recipe.data.workers)
+
+    def _steps(self) -> Asked:
+        """All steps that are left, with what is due between them; what the ranks agreed on at the last one's end."""
         schedule, checkpoint, logging = self.recipe.schedule, self.recipe.checkpoint, self.recipe.logging
         asked = Asked(None, False)
         while self.progress.step < schedule.steps and asked.stop is None:
@@ -72,7 +88,7 @@ class Trainer:
                 self.requests.done(asked)
             if self.validation is not None and (last or step % logging.validate_every_steps == 0):
                 self.validate()
-        return asked.stop if self.progress.step < schedule.steps else None
+        return asked
 
     def finish(self, stopped: str | None) -> None:
         """Say that the run is finished or was asked to stop, with every rank's peak memory. Waits for all ranks."""
@@ -100,7 +116,7 @@ class Trainer:
         heartbeat.begin_step(self.progress.step + 1)
         doing("reading data")
         with measure("data"):
-            batches, counts = self._batches(self.stream.micro_batch, first, recipe.batch.global_samples)
+            batches, counts = self._batches(self.loader)
         num_valid = counts.sum().clamp(min=1)
         sums = self.engine.train_step(batches, self.mesh.zero_size / num_valid)
         asked = to_device(self.requests.noted(self.progress.step + 1), self.device)
@@ -183,9 +199,11 @@ class Trainer:
         wanted = self.recipe.logging.validation_samples or self.validation.num_samples
         sums = torch.zeros(2 * len(self.stream.sources), device=self.device)
         counts = torch.zeros(2 * len(self.stream.sources), dtype=torch.int64, device=self.device)
-        for first in range(0, min(wanted, self.validation.num_samples), size):
+        samples = min(wanted, self.validation.num_samples)
+        loader = load(self.recipe, self.mesh, self.validation, 0, samples, workers=0)
+        for _ in range(0, samples, size):
             doing("reading validation data")
-            batches, batch_counts = self._batches(self.validation.micro_batch, first, size)
+            batches, batch_counts = self._batches(loader)
             sums += self.engine.evaluate(batches)
             counts += batch_counts
         with communicating("all-reduce", "world"):
@@ -218,20 +236,15 @@ class Trainer:
             text = f"step {step}: checkpoint in {folder}"
             self.journal.event("checkpoint", step, text, folder=str(folder), seconds=seconds, bytes=size)
 
-    def _batches(
-        self, read: Callable[[list[int]], HostBatch], first: int, count: int
-    ) -> tuple[list[MicroBatch], torch.Tensor]:
-        """This rank's micro-batches of samples first..first+count-1, and how many labels of all data and context ranks
-        count, by group: 2 * source + whether the label belongs to an infilling document.
+    def _batches(self, loader: Loader) -> tuple[list[MicroBatch], torch.Tensor]:
+        """This rank's micro-batches of the loader's next step, and how many labels of the whole step count, by group:
+        2 * source + whether the label belongs to an infilling document.
         """
-        mesh, micro = self.mesh, self.recipe.batch.micro_samples
-        indices = step_indices(first, count, micro, mesh.data, mesh.data_rank)
-        host = [own_part(_on_host(read(numbers)), mesh.context, mesh.context_rank) for numbers in indices]
-        counted = torch.cat([batch.groups[batch.labels != IGNORE] for batch in host if batch.groups is not None])
-        totals = to_device(torch.bincount(counted, minlength=2 * len(self.stream.sources)), self.device)
+        host = loader.step()
+        totals = to_device(count_labels(host, self.mesh, 2 * len(self.stream.sources)), self.device)
         batches = [batch.to(self.device) for batch in host]  # first: a copy may wait for what is enqueued
-        with communicating("all-reduce", "data"):
-            dist.all_reduce(totals, group=mesh.data_group)
+        with communicating("all-reduce", "world"):
+            dist.all_reduce(totals)
         return batches, totals
 
 
@@ -247,11 +260,3 @@ def _add_labels(
             "infilled_labels": before.get("infilled_labels", 0) + int(infilled),
         }
     return added
-
-
-def _on_host(batch: HostBatch) -> MicroBatch:
-    """As tensors, with the group of each label."""
-    groups = torch.from_numpy(2 * batch.sources[:, None] + batch.infilled)
-    tokens, labels, positions = map(torch.from_numpy, (batch.tokens, batch.labels, batch.positions))
-    bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
-    return MicroBatch.whole(tokens, labels, positions, bounds, groups)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megacode import recipe
 from megacode.checkpoint import store
-from megacode.data.stream import TrainStream, ValidationStream
+from megacode.data.stream import ORDER, TrainStream, ValidationStream
 from megacode.data.tokenizer import Tokenizer
 from megacode.engine.zero import ZeroEngine, check_config, check_version, start_deepspeed
 from megacode.errors import UserError
@@ -163,7 +163,8 @@ class Run:
         if mesh.rank == 0:
             step, hosts = progress.step, self.hosts
             facts = metrics.start_facts(config, self.layout, device, hosts, step, newest, engine.backends)
-            facts["data"] = {"packing": config.data.packing, "sources": describe_sources(config, stream)}
+            sources = describe_sources(config, stream)
+            facts["data"] = {"packing": config.data.packing, "order": ORDER, "sources": sources}
             self._announce(step, newest, facts, engine.reasons)
         recorder = record(device) if config.logging.phases else None
         return Trainer(

@@ -85,7 +85,8 @@ def test_a_run_leaves_what_it_should(straight):
 
 
 def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight):
-    """One rank dies, the others must not wait for it; the next start goes on from the last checkpoint."""
+    """One rank dies, the others must not wait for it; the next start goes on from the last checkpoint,
+    and with other processes reading."""
     run = recipe.parent / "crashed"
     with subprocess.Popen(
         command(recipe, f"run={run}"), cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
@@ -109,7 +110,7 @@ def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight
     assert (status(run)["rank"], status(run)["step"] >= 4) == (1, True)
     assert status(run)["checkpoint"] == f"{run}/checkpoints/step_00000004"
 
-    done = launch(recipe, f"run={run}")
+    done = launch(recipe, f"run={run}", "data.workers=1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming from {run}/checkpoints/step_00000004 at step 4" in done.stdout
     assert_same_run(run, straight)

@@ -45,7 +45,7 @@ def write_recipe(folder: Path) -> Path:
         "deepspeed_config": "ds_configs/zero3.json",
         "model": {"preset": "nano"},
         "tokenizer": {"path": str(tokenizer)},
-        "data": {"train": str(folder / "train"), "valid": str(folder / "valid")},
+        "data": {"train": str(folder / "train"), "valid": str(folder / "valid"), "workers": 0},
         "parallel": {"pipeline": 2, "zero": 3},
         "batch": {"global_samples": 8, "micro_samples": 2, "sequence_length": 64},
         "optimizer": {"learning_rate": 3e-3},

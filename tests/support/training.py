@@ -33,7 +33,7 @@ def recipe(**sections: Any) -> Recipe:
         "precision": "fp32",
         "model": {"preset": "nano", "hidden": 32, "ffn": 48, "vocabulary": 61},
         "tokenizer": {"path": "unused"},
-        "data": {"train": "unused"},
+        "data": {"train": "unused", "workers": 0},
         "batch": {"global_samples": 8, "micro_samples": 1, "sequence_length": 16},
         "optimizer": {"learning_rate": 1e-2, "clip": 0.5},
         "schedule": {"steps": 3, "warmup_steps": 0},

@@ -183,15 +183,17 @@ def test_documents_with_loss_spans_stay_plain(tmp_path, tokenizer):
 
 def test_counts_are_kept_and_belong_to_their_shard(tmp_path, monkeypatch):
     write(tmp_path / "s", [10] * 60)
-    path = tmp_path / "s.best_fit_29_0.npy"
+    path = tmp_path / "s.best_fit_29_0"
     assert count_samples(Shards(tmp_path / "s"), 29, 0).tolist() == [20]
-    kept = np.load(path)
-    kept[-1] = 99
-    np.save(path, kept)
-    assert count_samples(Shards(tmp_path / "s"), 29, 0).tolist() == [99], "they are read"
-    for damage in (b"", b"no numpy file", path.read_bytes()[:-3], path.read_bytes()[:150]):
+    with monkeypatch.context() as patch:
+        patch.setattr("megacode.data.blocks.count", None)
+        assert count_samples(Shards(tmp_path / "s"), 29, 0).tolist() == [20], "they are read"
+    whole = path.read_bytes()
+    turned = [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(len(whole))]
+    for damage in (b"", b"another file", whole[:-3], whole[:60], whole + b"0", *turned):
         path.write_bytes(damage)
         assert count_samples(Shards(tmp_path / "s"), 29, 0).tolist() == [20]
+        assert path.read_bytes() == whole
     write(tmp_path / "s", [10] * 59 + [11])
     assert count_samples(Shards(tmp_path / "s"), 29, 0).tolist() == [21], "the file is of another shard"
     assert count_samples(Shards(tmp_path / "s"), 29, 7).tolist() == [60], "the file is of no reserve"

@@ -121,7 +121,8 @@ def recipe_of(model: str, sequence_length: int, step_tokens: int, folder: Path) 
             "seed": SEED,
             "model": MODELS[model],
             "tokenizer": {"path": str(folder / f"{model}.model")},
-            "data": {"train": str(folder / model)},
+            # Both contestants read in their own process: a benchmark's processes may have no children.
+            "data": {"train": str(folder / model), "workers": 0},
             "batch": {
                 "global_samples": max(1, step_tokens // sequence_length),
                 "micro_samples": 1,

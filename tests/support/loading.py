@@ -1,0 +1,39 @@
+"""Streams that worker processes of the loader read from."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megacode.data.packing import MicroBatch
+from megacode.errors import UserError
+
+LENGTH = 8
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Every token of a sample is the sample's number; some numbers bring trouble."""
+
+    damaged: int = -1
+    deadly: int = -1
+    slow: int = -1
+    log: Path | None = None
+
+    def micro_batch(self, indices):
+        if self.damaged in indices:
+            raise UserError("the shard is damaged; prepare it again")
+        if self.deadly in indices:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.slow in indices:
+            time.sleep(1)
+        if self.log is not None:
+            (self.log / str(os.getpid())).touch()
+        tokens = np.repeat(np.array(indices)[:, None], LENGTH, axis=1)
+        positions = np.broadcast_to(np.arange(LENGTH), tokens.shape).copy()
+        return MicroBatch(
+            tokens, tokens.copy(), positions, tokens % 2 == 1, np.zeros(len(indices), np.int64), cu_seqlens=None
+        )
