@@ -150,7 +150,8 @@ class BestFit:
     def _part(self, shards: Shards, shard: int, number: int, start: int, stop: int) -> Piece:
         """Tokens start..stop-1 of a document. The first one is predicted by the piece before it, if there is one."""
         document = self._source.first_document(shard) + number
-        ids = shards.document(number)[start:stop].astype(np.int64)
+        place = shards.document_start(number)
+        ids = shards.tokens(place + start, place + stop).astype(np.int64)
         spans = self._source.spans(document)
         unpredicted = None if spans is None else np.clip(spans - start, 0, stop - start)
         if start:

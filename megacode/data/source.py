@@ -14,8 +14,8 @@ from megacode.data.shards import IntArray, Shards
 from megacode.data.spans import SpanArray, Spans
 from megacode.errors import UserError
 
-_MAX_OPEN = 64
-"""Shards that are mapped at the same time, over all sources. Each takes up to six of usually 1,024 file descriptors."""
+_MAX_OPEN = 128
+"""Shards that are mapped at the same time, over all sources. Each takes two to four of usually 1,024 file descriptors."""
 
 
 class OpenShards:

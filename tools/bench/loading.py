@@ -1,0 +1,259 @@
+"""How fast samples come: tokens a second of the stream, planning of best-fit packing, and a start on a huge corpus.
+
+    python -m megacode.tools.bench.loading FOLDER
+
+The huge corpus is 2,419 shards of 2e12 tokens in all: their .bin are sparse files, which take no room on the disk,
+their .idx have few and long documents. Each start is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from megacode.data.blocks import BLOCK, RESERVE, count, plan
+from megacode.data.shards import HEADER, MAGIC, STRETCH_BYTES, ShardWriter
+from megacode.data.source import Source
+from megacode.data.stream import Packing, TrainStream, open_train
+from megacode.data.tokenizer import Tokenizer, train
+from megacode.recipe import DataSection, SourceSection
+from megacode.tools.output import JsonFile, json_output
+
+LENGTH = 4096
+SEED = 1
+DOCUMENT_CHARACTERS = 3400
+"""About 1,000 tokens."""
+LONG_DOCUMENTS = 1000
+"""Of each shard of the huge corpus."""
+GLOBAL_SAMPLES = 1024
+FAR_STEP = 400_000
+MIXTURE = (("code", 85.0, 4), ("code-nl", 8.0, 1), ("nl", 7.0, 5))
+"""Code Llama, Table 1: name, weight, tenths of the files."""
+
+
+def texts(characters: int) -> Iterator[str]:
+    """Python's standard library and what is installed beside it, in pieces of about so many characters; files for 0."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))[:4000]:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        lines: list[str] = []
+        size = 0
+        for line in text.splitlines(keepends=True):
+            if characters and size >= characters:
+                yield "".join(lines)
+                lines, size = [], 0
+            lines.append(line)
+            size += len(line)
+        if size:
+            yield "".join(lines)
+
+
+def write_code(folder: Path) -> Tokenizer:
+    """A tokenizer, and the shards `pieces` and `files` of real code."""
+    path = folder / "tokenizer.model"
+    if not path.exists():
+        files = list(texts(0))
+        train(files[::8], path, 16_000)
+    tokenizer = Tokenizer(path)
+    for name, characters in (("pieces", DOCUMENT_CHARACTERS), ("files", 0)):
+        with ShardWriter(folder / name, tokenizer.vocabulary, tokenizer_sha256=tokenizer.sha256) as writer:
+            for text in texts(characters):
+                writer.add_document([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos])
+    return tokenizer
+
+
+def stream_figures(
+    prefix: Path, tokenizer: Tokenizer, packing: Packing, rate: float, seconds: float, repetitions: int
+) -> dict[str, Any]:
+    """Tokens a second of one core, and what became of the documents of an epoch as far as it came."""
+    stream = TrainStream(
+        [Source(prefix.name, [prefix])], tokenizer, sequence_length=LENGTH, seed=SEED, packing=packing,
+        infilling_rate=rate, suffix_first_rate=0.5, document_masks=True,
+    )  # fmt: skip
+    number, rates, counts = 0, [], Counter[str]()
+    stream.sample(0)
+    for _ in range(repetitions):
+        started, first = time.perf_counter(), number
+        while time.perf_counter() - started < seconds / repetitions:
+            counts += stream.sample(number).counts
+            number += 1
+        rates.append((number - first) * LENGTH / (time.perf_counter() - started))
+    corpus = stream.corpora[0]
+    documents = corpus.num_documents * number / stream.cutters[0].per_epoch
+    return {
+        "shard": prefix.name,
+        "packing": packing,
+        "rate": rate,
+        "tokens_per_second": median(rates),
+        "spread": [min(rates), max(rates)],
+        "samples": number,
+        "samples_per_epoch": stream.cutters[0].per_epoch,
+        "samples_of_all_tokens": (corpus.num_tokens - 1) / LENGTH,
+        "effective_rate": counts["infilled"] / documents,
+        "unfitting": counts["unfitting"] / max(counts["uncut"], 1),
+        "irreversible": counts["irreversible"] / max(counts["uncut"], 1),
+        "padding": counts["padding"] / (number * (LENGTH + 1)),
+    }
+
+
+def planning_figures(repetitions: int) -> dict[str, Any]:
+    """Documents a second of a block whose lengths are log-normal with a mean of about 1,000 tokens."""
+    generator = np.random.default_rng(SEED)
+    lengths = np.clip(generator.lognormal(6.3, 1.1, BLOCK), 3, None).astype(np.int32)
+    order = generator.permutation(BLOCK)
+
+    def rate(work: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        work()
+        return BLOCK / (time.perf_counter() - started)
+
+    def measured(work: Callable[[], object]) -> float:
+        return median(rate(work) for _ in range(repetitions))
+
+    samples = count(lengths, LENGTH, 0)
+    whole = int(lengths.sum(dtype=np.int64)) / LENGTH
+    return {
+        "mean_length": float(lengths.mean()),
+        "plan_documents_per_second": measured(lambda: plan(lengths, LENGTH, RESERVE, order)),
+        "count_documents_per_second": measured(lambda: count(lengths, LENGTH, RESERVE)),
+        "samples": samples,
+        "more_than_concatenated": samples / whole - 1,
+        "more_with_reserve": count(lengths, LENGTH, RESERVE) / whole - 1,
+    }
+
+
+def write_huge(folder: Path, tokenizer: Tokenizer, files: int, tokens: int) -> list[Path]:
+    """Sparse shards of so many tokens in all."""
+    folder.mkdir(exist_ok=True)
+    each = tokens // files // LONG_DOCUMENTS
+    sizes = np.full(LONG_DOCUMENTS, each, "<i4")
+    index = HEADER.pack(MAGIC, 1, 8, LONG_DOCUMENTS, LONG_DOCUMENTS + 1) + sizes.tobytes()
+    index += (np.arange(LONG_DOCUMENTS, dtype="<i8") * 2 * each).tobytes()
+    index += np.arange(LONG_DOCUMENTS + 1, dtype="<i8").tobytes()
+    num_bytes = 2 * each * LONG_DOCUMENTS
+    stretches = [min(STRETCH_BYTES, num_bytes - start) for start in range(0, num_bytes, STRETCH_BYTES)]
+    facts = {
+        "tokenizer_sha256": tokenizer.sha256, "vocabulary": tokenizer.vocabulary, "source": "sparse",
+        "num_documents": LONG_DOCUMENTS, "num_tokens": each * LONG_DOCUMENTS, "bin_sha256": "0" * 64,
+        "checksums": [[size, "0" * 64] for size in stretches],
+    }  # fmt: skip
+    prefixes = [folder / f"shard_{number:05d}" for number in range(files)]
+    for prefix in prefixes:
+        with Path(f"{prefix}.bin").open("wb") as file:
+            os.truncate(file.fileno(), num_bytes)
+        Path(f"{prefix}.idx").write_bytes(index)
+        Path(f"{prefix}.json").write_text(json.dumps(facts), encoding="utf-8")
+    return prefixes
+
+
+def huge_data(prefixes: list[str], packing: Packing) -> DataSection:
+    """The shards as the sources of Code Llama's mixture."""
+    sections, first = [], 0
+    for name, weight, tenths in MIXTURE:
+        last = len(prefixes) if name == MIXTURE[-1][0] else first + max(1, len(prefixes) * tenths // 10)
+        sections.append(SourceSection(name=name, weight=weight, shards=prefixes[first:last]))
+        first = last
+    return DataSection(train=sections, packing=packing)
+
+
+def start(folder: Path, packing: Packing, step: int) -> None:
+    """What a start's process does: prints its figures as JSON."""
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    prefixes = sorted(str(path.with_suffix("")) for path in (folder / "huge").glob("*.idx"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    stream = open_train(huge_data(prefixes, packing), tokenizer, LENGTH, SEED)
+    opened = time.perf_counter()
+    for micro_batch in range(2):
+        first = step * GLOBAL_SAMPLES + 8 * micro_batch
+        stream.micro_batch(range(first, first + 8))
+    figures = {
+        "open_seconds": opened - started,
+        "first_samples_seconds": time.perf_counter() - opened,
+        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes_before": 1024 * before,
+        "open_files": len(os.listdir("/proc/self/fd")),
+    }
+    steady = time.perf_counter()
+    for number in range(500):
+        stream.sample(first + 100 + number)
+    figures["tokens_per_second"] = 500 * LENGTH / (time.perf_counter() - steady)
+    print(json.dumps(figures))
+
+
+def start_figures(folder: Path, packing: Packing, step: int) -> dict[str, Any]:
+    """Of a start in a process of its own, whose imports do not count."""
+    code = (
+        "from pathlib import Path; from megacode.tools.bench.loading import start; "
+        f"start(Path({str(folder)!r}), {packing!r}, {step})"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return {"packing": packing, "step": step, **json.loads(output.splitlines()[-1])}
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="What is written goes here; the shards of it are removed at the end.")],
+    files: Annotated[int, typer.Option(min=3, help="Shards of the huge corpus.")] = 2419,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the huge corpus.")] = 2 * 10**12,
+    seconds: Annotated[float, typer.Option(min=0, help="Of each measurement of the stream.")] = 5.0,
+    repetitions: Annotated[int, typer.Option(min=1, help="Of each measurement; the median is told.")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Tokens a second of the training stream, documents a second of packing, and starts on a huge corpus."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with json_output(json_file) as write_json:
+        tokenizer = write_code(folder)
+        cases: list[tuple[Packing, float]] = [
+            (packing, rate) for rate in (0.0, 0.9) for packing in ("concatenate", "best_fit")
+        ]
+        streams = [
+            stream_figures(folder / name, tokenizer, packing, rate, seconds, repetitions)
+            for name in ("pieces", "files")
+            for packing, rate in cases
+        ]
+        print("stream of one core: million tokens/s, share of documents infilled, padding, samples over all tokens")
+        for row in streams:
+            more = row["samples_per_epoch"] / row["samples_of_all_tokens"] - 1
+            print(
+                f"  {row['shard']:7} {row['packing']:12} rate {row['rate']:.1f}: {row['tokens_per_second'] / 1e6:7.2f}"
+                f"  {row['effective_rate']:7.2%}  {row['padding']:7.3%}  {more:+.3%}"
+            )
+        planning = planning_figures(repetitions)
+        print(
+            f"best fit: {planning['plan_documents_per_second'] / 1e6:.1f} million documents/s planned, "
+            f"{planning['count_documents_per_second'] / 1e6:.1f} counted; {planning['more_than_concatenated']:+.3%} "
+            f"samples over concatenation, {planning['more_with_reserve']:+.3%} with the reserve of infilling"
+        )
+        write_huge(folder / "huge", tokenizer, files, tokens)
+        starts = [start_figures(folder, packing, step) for packing in ("concatenate", "best_fit")
+                  for step in (0, FAR_STEP)]  # fmt: skip
+        print(f"starts on {files:,} files, {tokens:,} tokens: seconds to open, to 16 samples; peak MiB, of it before")
+        for row in starts:
+            print(
+                f"  {row['packing']:12} step {row['step']:7,}: {row['open_seconds']:6.2f} "
+                f"{row['first_samples_seconds']:6.3f} {row['peak_bytes'] / 2**20:6.0f} "
+                f"{row['peak_bytes_before'] / 2**20:6.0f}; {row['open_files']} open files, then "
+                f"{row['tokens_per_second'] / 1e6:.2f} million tokens/s"
+            )
+        shutil.rmtree(folder / "huge")
+        write_json({"streams": streams, "planning": planning, "starts": starts})
+
+
+if __name__ == "__main__":
+    typer.run(main)
