@@ -1,4 +1,5 @@
-"""How fast samples come: tokens a second of the stream, planning of best-fit packing, and a start on a huge corpus.
+"""How fast samples come: tokens a second of the stream and of a rank's loader, planning of best-fit packing, and a
+start on a huge corpus.
 
     python -m megacode.tools.bench.loading FOLDER
 
@@ -8,6 +9,7 @@ their .idx have few and long documents. Each start is a process of its own.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -109,6 +111,31 @@ def stream_figures(
         "unfitting": counts["unfitting"] / max(counts["uncut"], 1),
         "irreversible": counts["irreversible"] / max(counts["uncut"], 1),
         "padding": counts["padding"] / (num_samples * (LENGTH + 1)),
+    }
+
+
+def loader_figures(prefix: Path, tokenizer: Tokenizer, rate: float, workers: int, seconds: float) -> dict[str, Any]:
+    """Tokens a second that a rank gets from its loader, micro-batches of two sequences; the workers' start apart."""
+    from megacode.train.loader import Loader
+
+    stream = TrainStream(
+        [Source(prefix.name, [prefix])], tokenizer, sequence_length=LENGTH, seed=SEED, infilling_rate=rate,
+        suffix_first_rate=0.5, document_masks=True,
+    )  # fmt: skip
+    steps = ([[2 * number, 2 * number + 1]] for number in itertools.count())
+    began = time.perf_counter()
+    with Loader(stream, steps, 1, workers) as loader:
+        loader.step()
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            loader.step()
+            count += 1
+        elapsed = time.perf_counter() - started
+    return {
+        "rate": rate,
+        "workers": workers,
+        "first_step_seconds": started - began,
+        "tokens_per_second": 2 * LENGTH * count / elapsed,
     }
 
 
@@ -235,6 +262,14 @@ def main(
                 f"  {row['shard']:7} {row['packing']:12} rate {row['rate']:.1f}: {row['tokens_per_second'] / 1e6:7.2f}"
                 f"  {row['effective_rate']:7.2%}  {row['padding']:7.3%}  {more:+.3%}"
             )
+        loaders = [loader_figures(folder / "pieces", tokenizer, rate, workers, seconds)
+                   for rate in (0.0, 0.9) for workers in (0, 1)]  # fmt: skip
+        print("loader of one rank: million tokens/s, seconds to its first micro-batch")
+        for row in loaders:
+            print(
+                f"  rate {row['rate']:.1f}, {row['workers']} workers: {row['tokens_per_second'] / 1e6:7.2f}"
+                f"  {row['first_step_seconds']:6.2f}"
+            )
         planning = planning_figures(repetitions)
         print(
             f"best fit: {planning['plan_documents_per_second'] / 1e6:.1f} million documents/s planned, "
@@ -253,7 +288,7 @@ def main(
                 f"{row['tokens_per_second'] / 1e6:.2f} million tokens/s"
             )
         shutil.rmtree(folder / "huge")
-        write_json({"streams": streams, "planning": planning, "starts": starts})
+        write_json({"streams": streams, "loaders": loaders, "planning": planning, "starts": starts})
 
 
 if __name__ == "__main__":
