@@ -191,7 +191,7 @@ class BestFit:
         if (known := self._plans.get((epoch, block))) is not None:
             return known
         shard, number = self._blocks[block].tolist()
-        lengths = self._source.shard(shard).lengths[number * BLOCK : (number + 1) * BLOCK].astype(np.int32)
+        lengths = _lengths(self._source.shard(shard), number)
         words = draw_array(key_of(self._key, epoch, Purpose.NEIGHBOURS, block), np.arange(len(lengths)))
         found = plan(lengths, self._length, self._reserve, stable_argsort(words >> np.uint64(32)))
         if found.num_samples != self._counts[block]:
@@ -221,12 +221,10 @@ def count_samples(shards: Shards, sequence_length: int, reserve: int) -> NDArray
     missing, damaged or of another shard, and if it can be: [blocks]."""
     path = Path(f"{shards.prefix}.best_fit_{sequence_length}_{reserve}")
     facts = np.array([_VERSION, BLOCK, shards.num_documents, shards.num_tokens, *_identity(shards)], "<i8")
-    starts = range(0, shards.num_documents, BLOCK)
-    if (kept := _read_kept(path, facts, len(starts))) is not None:
+    num_blocks = -(-shards.num_documents // BLOCK)
+    if (kept := _read_kept(path, facts, num_blocks)) is not None:
         return kept
-    counts = [
-        count(shards.lengths[start : start + BLOCK].astype(np.int32), sequence_length, reserve) for start in starts
-    ]
+    counts = [count(_lengths(shards, number), sequence_length, reserve) for number in range(num_blocks)]
     data = np.concatenate([facts, np.array(counts, "<i8")]).tobytes()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -249,6 +247,27 @@ def _read_kept(path: Path, facts: NDArray[np.int64], num_blocks: int) -> NDArray
     if rest or hashlib.sha256(data).digest() != digest or not data.startswith(facts.tobytes()):
         return None
     return np.frombuffer(data, "<i8")[len(facts) :].astype(np.int64)
+
+
+def _lengths(shards: Shards, block: int) -> Int32Array:
+    """Of the documents of a block: [documents].
+
+    Raises:
+        UserError: they are not those of the tokens that the block has.
+    """
+    first, stop = block * BLOCK, min((block + 1) * BLOCK, shards.num_documents)
+    lengths = shards.lengths[first:stop].astype(np.int32)
+    num_tokens = shards.document_start(stop) - shards.document_start(first)
+    if len(lengths) and (lengths.min() < 0 or lengths.sum(dtype=np.int64) != num_tokens):
+        raise _damaged(shards, first)
+    return lengths
+
+
+def _damaged(shards: Shards, document: int) -> UserError:
+    return UserError(
+        f"{shards.prefix}.idx is damaged: from document {document} on its lengths are not those of the tokens; "
+        "prepare it again"
+    )
 
 
 def _identity(shards: Shards) -> list[int]:

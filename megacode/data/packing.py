@@ -57,7 +57,7 @@ class Sample:
     source: int = 0
     """Which of the stream's sources it is from."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What became of its documents: see `Infiller`."""
+    """What became of its documents (see `Infiller`), and its tokens of `padding`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class MicroBatch:
     sources: Int64Array  # [batch]; which of the stream's sources each sample is from
     cu_seqlens: NDArray[np.int32] | None  # [segments + 1], over batch * sequence tokens; None without document masks
     counts: Counter[str] = field(default_factory=Counter)
-    """What became of the samples' documents, summed."""
+    """Those of the samples, summed."""
 
 
 def join(pieces: Sequence[Piece], sequence_length: int, document_masks: bool) -> Sample:

@@ -120,7 +120,8 @@ class TrainStream:
         counts: Counter[str] = Counter()
         source, pieces = self._pieces(number, counts)
         if sum(len(piece.ids) for piece in pieces) != self.sequence_length + 1:
-            raise UserError(f"{self._where(source, pieces[0])} has not the length that its .idx says; prepare it again")
+            where = f"from {self._where(source, pieces[0])} on" if pieces else f"in the source {self.sources[source]}"
+            raise UserError(f"{where} documents have not the lengths that the .idx says; prepare the shard again")
         sample = join(pieces, self.sequence_length, self._document_masks)
         lowest, highest = int(sample.tokens.min()), max(int(sample.tokens.max()), int(sample.labels[-1]))
         if not 0 <= lowest <= highest < self._vocabulary:

@@ -8,8 +8,9 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -36,70 +37,62 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
-    """What of a sample a rank needs."""
+class Positions:
+    """Samples of which nothing is read: what inner pipeline stages need where no document has a mask."""
 
-    context: int
-    context_rank: int
-    reads: bool
-    """Whether it embeds tokens, computes losses or must know where documents begin; ranks of inner pipeline stages do
-    not, unless there are document masks."""
+    sequence_length: int
 
-    @staticmethod
-    def of(mesh: Mesh, document_masks: bool) -> "Part":
-        """This rank's."""
-        at_an_end = mesh.pipeline_rank in (0, mesh.pipeline - 1)
-        return Part(mesh.context, mesh.context_rank, at_an_end or document_masks)
+    def micro_batch(self, indices: Sequence[int]) -> HostBatch:
+        """Positions without labels."""
+        shape = (len(indices), self.sequence_length)
+        positions = np.broadcast_to(np.arange(self.sequence_length), shape).copy()
+        nothing = np.zeros(shape, np.int64)
+        sources = np.zeros(len(indices), np.int64)
+        return HostBatch(nothing, nothing + IGNORE, positions, np.zeros(shape, bool), sources, cu_seqlens=None)
 
 
 @dataclass(frozen=True)
-class Reader(Dataset[MicroBatch | UserError]):
-    """Reads micro-batches as a rank needs them: numbers of samples -> its tokens of them, on the host."""
+class Reader(Dataset[HostBatch | UserError]):
+    """Numbers of samples -> the micro-batch of these, in whatever process.
+
+    Arrays and not tensors, of which each would go from a worker to its rank as a file in shared memory.
+    """
 
     stream: Stream
-    part: Part
-    sequence_length: int
 
-    def __getitem__(self, numbers: list[int]) -> MicroBatch | UserError:
+    def __getitem__(self, numbers: list[int]) -> HostBatch | UserError:
         """A user's mistake is a value: DataLoader would wrap an error in its worker's traceback."""
         try:
-            return self.read(numbers)
+            return self.stream.micro_batch(numbers)
         except UserError as error:
             return error
-
-    def read(self, numbers: list[int]) -> MicroBatch:
-        """The micro-batch of these samples.
-
-        Raises:
-            UserError: a shard is damaged.
-        """
-        whole = _on_host(self.stream.micro_batch(numbers)) if self.part.reads else self._blank(len(numbers))
-        return own_part(whole, self.part.context, self.part.context_rank)
-
-    def _blank(self, num_samples: int) -> MicroBatch:
-        """Positions without tokens or labels."""
-        shape = (num_samples, self.sequence_length)
-        positions = torch.arange(self.sequence_length).expand(shape)
-        labels = torch.full(shape, IGNORE)
-        return MicroBatch.whole(torch.zeros_like(labels), labels, positions, None, torch.zeros_like(labels))
 
 
 class Loader:
     """The micro-batches of the steps from a sample on, step by step. A context manager: its workers end with it.
 
     Args:
-        reader: What reads them.
+        stream: What they are read from.
         steps: Numbers of the samples of each micro-batch, step by step, for as long as there are steps.
         per_step: Micro-batches of a step on this rank.
         workers: Processes that read ahead; 0: this process reads each when it is asked for.
+        context: Context ranks, which share each sample, and which of them this is.
     """
 
-    def __init__(self, reader: Reader, steps: Iterator[list[list[int]]], per_step: int, workers: int) -> None:
-        self._per_step = per_step
+    def __init__(
+        self,
+        stream: Stream,
+        steps: Iterator[list[list[int]]],
+        per_step: int,
+        workers: int,
+        context: tuple[int, int] = (1, 0),
+    ) -> None:
+        self._per_step, self._context = per_step, context
         loader = DataLoader(
-            reader,
+            Reader(stream),
             batch_size=None,
             sampler=(numbers for step in steps for numbers in step),
+            collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=max(2, -(-STEPS_AHEAD * per_step // workers)) if workers else None,
             # Not fork: threads of the process group, of CUDA and of the heartbeat hold locks.
@@ -128,10 +121,10 @@ class Loader:
             batch = self._next()
             if isinstance(batch, UserError):
                 raise batch
-            batches.append(batch)
+            batches.append(own_part(_on_host(batch), *self._context))
         return batches
 
-    def _next(self) -> MicroBatch | UserError:
+    def _next(self) -> HostBatch | UserError:
         try:
             return next(self._batches)
         except RuntimeError as error:
@@ -143,13 +136,17 @@ class Loader:
 def load(recipe: Recipe, mesh: Mesh, stream: Stream, first: int, stop: int, workers: int) -> Loader:
     """A loader of this rank's samples from `first` to before `stop`, in batches of a step's size.
 
+    Ranks that embed tokens, compute losses or must know where documents begin read them; the others do not.
+
     Raises:
         UserError: the data ranks cannot share a step evenly.
     """
     size, micro = recipe.batch.global_samples, recipe.batch.micro_samples
     steps = (step_indices(at, size, micro, mesh.data, mesh.data_rank) for at in range(first, stop, size))
-    reader = Reader(stream, Part.of(mesh, recipe.data.document_masks), recipe.batch.sequence_length)
-    return Loader(reader, steps, size // (micro * mesh.data), workers)
+    per_step, context = size // (micro * mesh.data), (mesh.context, mesh.context_rank)
+    if mesh.pipeline_rank in (0, mesh.pipeline - 1) or recipe.data.document_masks:
+        return Loader(stream, steps, per_step, workers, context)
+    return Loader(Positions(recipe.batch.sequence_length), steps, per_step, 0, context)
 
 
 def count_labels(batches: Sequence[MicroBatch], mesh: Mesh, num_groups: int) -> Tensor:
@@ -161,6 +158,10 @@ def count_labels(batches: Sequence[MicroBatch], mesh: Mesh, num_groups: int) -> 
         return torch.zeros(num_groups, dtype=torch.int64)
     counted = torch.cat([batch.groups[batch.labels != IGNORE] for batch in batches if batch.groups is not None])
     return torch.bincount(counted, minlength=num_groups)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _on_host(batch: HostBatch) -> MicroBatch:

@@ -14,16 +14,16 @@ from megacode.data.stream import step_indices
 from megacode.errors import UserError
 from megacode.model.layers import IGNORE
 from megacode.parallel.context import context_columns
-from megacode.train.loader import Loader, Part, Reader, count_labels, load
+from megacode.train.loader import Loader, Positions, count_labels, load
 
 STEPS = [[[0, 1], [4, 5]], [[8, 9], [12, 13]], [[16, 17], [20, 21]]]
 
 
-PLAIN, WHOLE = Numbers(), Part(1, 0, reads=True)
+PLAIN = Numbers()
 
 
-def loader(stream=PLAIN, workers=0, part=WHOLE, steps=STEPS):
-    return Loader(Reader(stream, part, LENGTH), iter(steps), 2, workers)
+def loader(stream=PLAIN, workers=0, steps=STEPS, context=(1, 0)):
+    return Loader(stream, iter(steps), 2, workers, context)
 
 
 def numbers(batches):
@@ -83,9 +83,6 @@ def test_a_rank_reads_its_samples_and_only_ends_read():
     config = recipe(batch={"global_samples": 8, "micro_samples": 2, "sequence_length": LENGTH})
     for stage in range(4):
         own = mesh(pipeline=4, pipeline_rank=stage, data=2, data_rank=1)
-        for masks in (False, True):
-            part = Part.of(own, document_masks=masks)
-            assert part.reads == (masks or stage in (0, 3))
         stream = Numbers(damaged=10 if stage in (1, 2) else -1)
         with load(config, own, stream, 8, 24, workers=0) as made:
             for first in (8, 16):
@@ -97,15 +94,17 @@ def test_a_rank_reads_its_samples_and_only_ends_read():
                     assert batch.positions.tolist() == [list(range(LENGTH))] * 2
             with pytest.raises(StopIteration):
                 made.step()
+        masked = config.model_copy(update={"data": config.data.model_copy(update={"document_masks": True})})
+        with load(masked, own, Numbers(damaged=10), 8, 16, workers=0) as made, pytest.raises(UserError):
+            made.step()
 
 
 def test_context_ranks_get_their_columns():
     for rank in (0, 1):
-        part = Part(2, rank, reads=True)
-        with loader(part=part) as made:
+        with loader(context=(2, rank)) as made:
             batch = made.step()[0]
         assert batch.positions[0].tolist() == list(context_columns(LENGTH, 2, rank))
-        with loader(part=Part(2, rank, reads=False)) as blank:
+        with loader(Positions(LENGTH), context=(2, rank)) as blank:
             assert torch.equal(blank.step()[0].positions, batch.positions)
 
 

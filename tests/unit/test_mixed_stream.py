@@ -8,6 +8,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.streams import send_samples
 
 from megacode.data.shards import ShardWriter
@@ -179,3 +181,24 @@ def test_validation(folder, tokenizer, tmp_path):
         writer.add_document([1, 5, 2] * 100)
     with pytest.raises(UserError, match="foreign was made with another tokenizer"):
         open_valid(section(folder, valid=f"{tmp_path}/foreign"), tokenizer, LENGTH)
+
+
+@settings(deadline=None, max_examples=150)  # the machine may be busy
+@given(st.integers(0, 10_000), st.integers(0, 255), st.sampled_from(["concatenate", "best_fit"]), st.booleans())
+def test_a_damaged_index_is_no_other_error(tmp_path_factory, tokenizer, place, value, packing, counted):
+    folder = tmp_path_factory.mktemp("shard")
+    with ShardWriter(folder / "s", tokenizer.vocabulary, tokenizer_sha256=tokenizer.sha256) as writer:
+        for number in range(12):
+            writer.add_document([1, *range(3, 40 + 20 * number), 2])
+    data = DataSection(train=f"{folder}/s", packing=packing, infilling_rate=0.5)
+    if counted:
+        open_train(data, tokenizer, LENGTH, 0)
+    index = bytearray((folder / "s.idx").read_bytes())
+    index[place % len(index)] = value
+    (folder / "s.idx").write_bytes(index)
+    try:
+        stream = open_train(data, tokenizer, LENGTH, 0)
+        samples = [stream.sample(number) for number in range(30)]
+    except UserError:
+        return
+    assert all(len(sample.tokens) == LENGTH for sample in samples)

@@ -189,3 +189,19 @@ def test_sources(base, tmp_path):
 def test_mistakes_in_sources(base, train, message):
     with pytest.raises(UserError, match=message):
         load(base, [f"data.train={train}"])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "launchers/recipes").glob("*.yaml")))
+def test_recipes_that_come_along(name):
+    recipe = load(ROOT / f"launchers/recipes/{name}.yaml")
+    assert recipe.run.startswith("runs/")
+
+
+def test_mixtures_of_table_1():
+    shares = {}
+    for name in ("code_llama_7b", "code_llama_7b_python"):
+        train = load(ROOT / f"launchers/recipes/{name}.yaml").data.train
+        shares[name] = {source.name: source.weight for source in train}
+        assert sum(shares[name].values()) == 100
+    assert list(shares["code_llama_7b"].values()) == [85, 8, 7]
+    assert list(shares["code_llama_7b_python"].values()) == [75, 10, 10, 5]

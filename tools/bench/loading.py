@@ -1,13 +1,17 @@
-"""How fast samples come: tokens a second of the stream, planning of best-fit packing, and a start on a huge corpus.
+"""How fast samples come: tokens a second of the stream and of a rank's loader, planning of best-fit packing, and a
+start on a huge corpus.
 
     python -m megacode.tools.bench.loading FOLDER
 
-The huge corpus is 2,419 shards of 2e12 tokens in all: their .bin are sparse files, which take no room on the disk,
-their .idx have few and long documents. Each start is a process of its own.
+The stream and the planning are timed by the process's own CPU seconds, so that other work on the machine does not
+count; the loader and the starts by the clock. The huge corpus is 2,419 shards of 2e12 tokens in all: their .bin are
+sparse files, which take no room on the disk, their .idx have few and long documents. Each start is a process of its
+own.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -81,7 +85,7 @@ def write_code(folder: Path) -> Tokenizer:
 def stream_figures(
     prefix: Path, tokenizer: Tokenizer, packing: Packing, rate: float, repetitions: int
 ) -> dict[str, Any]:
-    """Tokens a second of one core in each of so many epochs, and what became of their documents."""
+    """Tokens a CPU second in each of so many epochs, and what became of their documents."""
     stream = TrainStream(
         [Source(prefix.name, [prefix])], tokenizer, sequence_length=LENGTH, seed=SEED, packing=packing,
         infilling_rate=rate, suffix_first_rate=0.5, document_masks=True,
@@ -90,10 +94,10 @@ def stream_figures(
     rates, counts = [], Counter[str]()
     stream.sample(0)
     for epoch in range(repetitions):
-        started = time.perf_counter()
+        started = time.process_time()
         for number in range(per_epoch):
             counts += stream.sample(epoch * per_epoch + number).counts
-        rates.append(per_epoch * LENGTH / (time.perf_counter() - started))
+        rates.append(per_epoch * LENGTH / (time.process_time() - started))
     documents, num_samples = corpus.num_documents * repetitions, per_epoch * repetitions
     return {
         "shard": prefix.name,
@@ -112,16 +116,41 @@ def stream_figures(
     }
 
 
+def loader_figures(prefix: Path, tokenizer: Tokenizer, rate: float, workers: int, seconds: float) -> dict[str, Any]:
+    """Tokens a second that a rank gets from its loader, micro-batches of two sequences; the workers' start apart."""
+    from megacode.train.loader import Loader
+
+    stream = TrainStream(
+        [Source(prefix.name, [prefix])], tokenizer, sequence_length=LENGTH, seed=SEED, infilling_rate=rate,
+        suffix_first_rate=0.5, document_masks=True,
+    )  # fmt: skip
+    steps = ([[2 * number, 2 * number + 1]] for number in itertools.count())
+    began = time.perf_counter()
+    with Loader(stream, steps, 1, workers) as loader:
+        loader.step()
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            loader.step()
+            count += 1
+        elapsed = time.perf_counter() - started
+    return {
+        "rate": rate,
+        "workers": workers,
+        "first_step_seconds": started - began,
+        "tokens_per_second": 2 * LENGTH * count / elapsed,
+    }
+
+
 def planning_figures(repetitions: int) -> dict[str, Any]:
-    """Documents a second of a block whose lengths are log-normal with a mean of about 1,000 tokens."""
+    """Documents a CPU second of a block whose lengths are log-normal with a mean of about 1,000 tokens."""
     generator = np.random.default_rng(SEED)
     lengths = np.clip(generator.lognormal(6.3, 1.1, BLOCK), 3, None).astype(np.int32)
     order = generator.permutation(BLOCK)
 
     def rate(work: Callable[[], object]) -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        return BLOCK / (time.perf_counter() - started)
+        return BLOCK / (time.process_time() - started)
 
     def measured(work: Callable[[], object]) -> float:
         return median(rate(work) for _ in range(repetitions))
@@ -214,6 +243,7 @@ def main(
     repetitions: Annotated[
         int, typer.Option(min=1, help="Of each measurement, of the stream an epoch; the median is told.")
     ] = 5,
+    seconds: Annotated[float, typer.Option(min=0, help="Of each measurement of the loader.")] = 5.0,
     json_file: JsonFile = None,
 ) -> None:
     """Tokens a second of the training stream, documents a second of packing, and starts on a huge corpus."""
@@ -235,6 +265,14 @@ def main(
                 f"  {row['shard']:7} {row['packing']:12} rate {row['rate']:.1f}: {row['tokens_per_second'] / 1e6:7.2f}"
                 f"  {row['effective_rate']:7.2%}  {row['padding']:7.3%}  {more:+.3%}"
             )
+        loaders = [loader_figures(folder / "pieces", tokenizer, rate, workers, seconds)
+                   for rate in (0.0, 0.9) for workers in (0, 1)]  # fmt: skip
+        print("loader of one rank: million tokens/s, seconds to its first micro-batch")
+        for row in loaders:
+            print(
+                f"  rate {row['rate']:.1f}, {row['workers']} workers: {row['tokens_per_second'] / 1e6:7.2f}"
+                f"  {row['first_step_seconds']:6.2f}"
+            )
         planning = planning_figures(repetitions)
         print(
             f"best fit: {planning['plan_documents_per_second'] / 1e6:.1f} million documents/s planned, "
@@ -253,7 +291,7 @@ def main(
                 f"{row['tokens_per_second'] / 1e6:.2f} million tokens/s"
             )
         shutil.rmtree(folder / "huge")
-        write_json({"streams": streams, "planning": planning, "starts": starts})
+        write_json({"streams": streams, "loaders": loaders, "planning": planning, "starts": starts})
 
 
 if __name__ == "__main__":
