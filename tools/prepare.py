@@ -99,7 +99,9 @@ def prepare(
 
 
 def _counts(facts: dict[str, Any]) -> str:
-    return f"{facts['num_documents']:,} documents, {facts['num_tokens']:,} tokens"
+    engine = facts["engine"]
+    why = " (`megacode tokenizer check` says why no faster one)" if "sentencepiece" in engine else ""
+    return f"{facts['num_documents']:,} documents, {facts['num_tokens']:,} tokens by {engine}{why}"
 
 
 @contextmanager

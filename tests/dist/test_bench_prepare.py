@@ -36,9 +36,9 @@ def test_the_corpus_has_the_text_it_says(tmp_path):
 
 
 def test_other_tokens_end_the_comparison():
-    rows = [Row("megacode", 1, 10.0, [2.0, 4.0, 5.0], 100, 7), Row("datatrove", 2, 10.0, [5.0], 100, 7)]
+    rows = [Row("megacode", 1, 10.0, [2.0, 4.0, 5.0], [1.0, 2.0, 1.5], 100, 7), Row("datatrove", 2, 10.0, [5.0], [5.0], 100, 7)]
     check(rows)
-    assert next(line for line in table(rows) if "megacode" in line).endswith("| 2.5 (2.0, 5.0) | 0 |")
+    assert next(line for line in table(rows) if "megacode" in line).endswith("| 2.5 (2.0, 5.0) | 6.7 (5.0, 10.0) | 0 |")
     rows[1].tokens = 8
     with pytest.raises(RuntimeError, match="datatrove makes 8 tokens of the text, and megacode 7"):
         check(rows)

@@ -1,4 +1,4 @@
-"""Streams that worker processes of the loader read from."""
+"""Streams that worker processes of the loader read from, and a mesh without processes."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ import numpy as np
 
 from megacode.data.packing import MicroBatch
 from megacode.errors import UserError
+from megacode.parallel.mesh import Mesh
 
 LENGTH = 8
 
@@ -37,3 +38,12 @@ class Numbers:
         return MicroBatch(
             tokens, tokens.copy(), positions, tokens % 2 == 1, np.zeros(len(indices), np.int64), cu_seqlens=None
         )
+
+
+def mesh(**changes):
+    """A rank's place in a layout, as far as the loader looks at it."""
+    values = {"pipeline": 1, "data": 1, "tensor": 1, "context": 1, "pipeline_rank": 0, "data_rank": 0, "tensor_rank": 0}
+    made = object.__new__(Mesh)
+    for name, value in {**values, "context_rank": 0, **changes}.items():
+        object.__setattr__(made, name, value)
+    return made

@@ -7,14 +7,13 @@ from itertools import islice
 
 import pytest
 import torch
-from support.loading import LENGTH, Numbers
+from support.loading import LENGTH, Numbers, mesh
 from support.training import recipe
 
 from megacode.data.stream import step_indices
 from megacode.errors import UserError
 from megacode.model.layers import IGNORE
 from megacode.parallel.context import context_columns
-from megacode.parallel.mesh import Mesh
 from megacode.train.loader import Loader, Positions, count_labels, load
 
 STEPS = [[[0, 1], [4, 5]], [[8, 9], [12, 13]], [[16, 17], [20, 21]]]
@@ -78,14 +77,6 @@ def test_signals_to_all_processes_of_a_job_do_not_end_workers(tmp_path):
     while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not os.path.exists(f"/proc/{worker}")
-
-
-def mesh(**changes):
-    values = {"pipeline": 1, "data": 1, "tensor": 1, "context": 1, "pipeline_rank": 0, "data_rank": 0, "tensor_rank": 0}
-    made = object.__new__(Mesh)
-    for name, value in {**values, "context_rank": 0, **changes}.items():
-        object.__setattr__(made, name, value)
-    return made
 
 
 def test_a_rank_reads_its_samples_and_only_ends_read():
