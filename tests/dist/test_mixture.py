@@ -53,7 +53,3 @@ def test_two_sources_with_a_stop_between(tmp_path):
     for name, epochs in zip(stream.sources, stream.epochs(NUM_STEPS * 8), strict=True):
         assert start["sources"][name]["epochs"] == epochs
         assert progress.sources[name] == stream.facts()[name]
-
-    refused = launch(recipe, *changes, f"data.train={sources.replace('weight: 3', 'weight: 4')}", processes=4)
-    assert refused.returncode == 2
-    assert "data.train (weight of one) is 0.8 and" in refused.stderr + refused.stdout
