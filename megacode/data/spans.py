@@ -145,8 +145,8 @@ class Spans:
             return np.empty((0, 2), np.int32)
         first, last = int(self._firsts[document]), int(self._firsts[document + 1])
         if not 0 <= first <= last <= self.num_spans:
-            wrong = document + (0 <= first <= self.num_spans)
-            raise self._damaged(self._first_place(wrong), "a wrong number of a first span")
+            place = self._first_place(document + (0 <= first <= self.num_spans))
+            raise self._damaged(place, "a wrong number of a first span")
         pairs = np.array(self._pairs[first:last], np.int32)
         if (wrong := _first_wrong(pairs)) is not None:
             raise self._damaged(self._pair_place(first + wrong), "a span that does not follow the one before it")
