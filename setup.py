@@ -33,10 +33,12 @@ setup(
         "gpu": ["triton>=3.6"],
         "flash": ["flash-attn>=2.1"],
         "logging": ["wandb", "tensorboard"],
+        # De-duplication and decontamination. datatrove's own extras bring far more; regex and xxhash it needs unsaid.
+        "data": ["datatrove==0.10.1", "regex", "xxhash"],
         "bench": ["matplotlib", "liger-kernel"],
         "dev": [
             *("pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton>=3.6", "wandb", "tensorboard"),
-            *("matplotlib", "liger-kernel"),
+            *("matplotlib", "liger-kernel", "datatrove==0.10.1", "regex", "xxhash"),
         ],
     },
     entry_points={"console_scripts": ["megacode=megacode.cli:main"]},

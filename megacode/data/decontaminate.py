@@ -1,4 +1,4 @@
-"""Which documents hold text of a benchmark: a run of 10 words is enough (Qwen2.5-Coder, section 3; DeepSeek-Coder, 2.2)."""
+"""Which documents hold text of a benchmark: a run of 10 words is enough, as for Qwen2.5-Coder and DeepSeek-Coder."""
 
 import gzip
 import hashlib
@@ -67,7 +67,7 @@ class Index:
         """Write the index; `load` reads it."""
         arrays = {f"{kind}{n}": a for n, pair in self._grams.items() for kind, a in zip("hb", pair, strict=True)}
         with Path(path).open("wb") as file:
-            np.savez(file, names=np.array(self.names), **arrays)
+            np.savez(file, allow_pickle=False, names=np.array(self.names), **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "Index":

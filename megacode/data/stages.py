@@ -1,7 +1,7 @@
 """The stages of de-duplication and decontamination, and how they run on this machine: datatrove's local executor.
 
-A task that is done leaves a marker in PREFIX.parts/stages/STAGE/completions, so that a job started again goes on where it
-was. datatrove is imported when there is work for it.
+A task that is done leaves a marker in PREFIX.parts/stages/STAGE/completions, so that a job started again goes on where
+it was. datatrove is imported when there is work for it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import io
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
