@@ -21,6 +21,7 @@ setup(
         "tokenizers",
         "safetensors",
         "sentencepiece>=0.2.3",
+        "fastokens>=0.3.5; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'",
         "protobuf",
         "numpy",
         "packaging",

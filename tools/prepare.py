@@ -3,26 +3,41 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from megacode.data.corpus import EXCLUDE, SUFFIXES, Corpus
+from megacode.data.filters import MAX_DOCUMENT_BYTES, Filters
+from megacode.data.readers import Fields
 from megacode.errors import UserError
 
 VALID_FRACTION = 0.05
 
-Inputs = Annotated[list[Path], typer.Argument(help="Files (.jsonl and .jsonl.gz hold a document a line) or folders.")]
+
+class Rules(StrEnum):
+    """Sets of rules for --filter."""
+
+    CODE = "code"
+
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(help="Folders and files; .jsonl (also .gz, .zst) and .parquet hold a document a line or row."),
+]
 Suffixes = Annotated[
     list[str] | None,
-    typer.Option(help=f"End of the file names to take from folders; repeatable. Default: {' '.join(SUFFIXES)}"),
+    typer.Option(
+        help=f"End of the file names to take from folders; repeatable. Default: those of --language, or {SUFFIXES[0]}"
+    ),
 ]
 Excludes = Annotated[
     list[str] | None,
     typer.Option(help=f"Folder name to leave out; repeatable, replaces the default: {' '.join(EXCLUDE)}"),
 ]
-TextKey = Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")]
+TextField = Annotated[str, typer.Option(help="Field of a JSON line, or column, that holds the text.")]
 
 
 def prepare(
@@ -35,44 +50,64 @@ def prepare(
     ] = None,
     suffix: Suffixes = None,
     exclude: Excludes = None,
-    text_key: TextKey = "text",
+    text_field: TextField = "text",
+    language_field: Annotated[
+        str | None, typer.Option(help="Field, or column, that holds the language; files tell it by their names.")
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Take documents of this language only (python, c++, ...); repeatable.")
+    ] = None,
+    filter: Annotated[
+        Rules | None, typer.Option(help="code: DeepSeek-Coder's rules against files that are not code.")
+    ] = None,
+    min_bytes: Annotated[int, typer.Option(min=0, help="Leave out smaller documents.")] = 0,
+    max_bytes: Annotated[
+        int, typer.Option(min=1, max=MAX_DOCUMENT_BYTES, help="Leave out larger documents.")
+    ] = MAX_DOCUMENT_BYTES,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; left out, one for each core.")] = None,
 ) -> None:
     """Turn source files into shards that training reads.
 
+    What is left out is in PREFIX.rejects.jsonl, with the reason. An interrupted command, given again, goes on.
+
     Example: megacode prepare src/ --tokenizer tokenizer.model --output data/train --valid data/valid
     """
+    from megacode.data.prepare import plan
     from megacode.data.prepare import prepare as prepare_shards
-    from megacode.data.tokenizer import Tokenizer
 
     if valid is None and valid_fraction is not None:
         raise UserError("--valid-fraction needs --valid PREFIX, where these documents go")
-    for prefix in (output, valid):
-        if prefix is not None and prefix.with_name(prefix.name + ".bin").exists():
-            raise UserError(f"{prefix}.bin is there already; remove it with its .idx and .json, or name another prefix")
-    model = Tokenizer(tokenizer)
-    corpus = Corpus(inputs, suffixes=suffix or SUFFIXES, exclude=exclude or EXCLUDE, text_key=text_key)
-    with reading_bar("Tokenizing", corpus) as on_document:
-        summary = prepare_shards(
-            corpus,
-            model,
-            output,
-            valid=valid,
-            valid_fraction=VALID_FRACTION if valid_fraction is None else valid_fraction,
-            on_document=on_document,
-        )
-    typer.echo(f"{output}: {summary.num_documents:,} documents, {summary.num_tokens:,} tokens")
-    if valid is not None:
-        typer.echo(f"{valid}: {summary.num_valid_documents:,} documents, {summary.num_valid_tokens:,} tokens")
-    if summary.num_undecodable or summary.num_empty:
-        typer.echo(f"skipped: {summary.num_undecodable:,} that are not UTF-8, {summary.num_empty:,} empty")
+    corpus = Corpus(
+        inputs,
+        suffixes=tuple(suffix or ()),
+        exclude=tuple(EXCLUDE if exclude is None else exclude),
+        fields=Fields(text_field, language_field),
+        filters=Filters(
+            tuple(name.lower() for name in language or ()), min_bytes, max_bytes, code=filter == Rules.CODE
+        ),
+    )
+    fraction = VALID_FRACTION if valid_fraction is None else valid_fraction
+    job = plan(corpus, tokenizer, output, valid=valid, valid_fraction=fraction)
+    with reading_bar("Tokenizing", job.num_bytes) as on_bytes:
+        summary = prepare_shards(job, workers, on_bytes)
+    for side, prefix in (("train", output), ("valid", valid)):
+        if prefix is not None:
+            typer.echo(f"{prefix}: {_counts(summary[side])}")
+    if rejected := summary["train"]["rejected"]:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
+        typer.echo(f"left out: {reasons} ({output}.rejects.jsonl)")
+
+
+def _counts(facts: dict[str, Any]) -> str:
+    return f"{facts['num_documents']:,} documents, {facts['num_tokens']:,} tokens"
 
 
 @contextmanager
-def reading_bar(description: str, corpus: Corpus) -> Iterator[Callable[[], None]]:
-    """A progress bar over a corpus's bytes, to be told after each document; silent where stdout is no terminal."""
+def reading_bar(description: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the bytes of inputs, to be told how many more are read; silent where stdout is no terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task(description, total=corpus.num_bytes)
-        yield lambda: progress.update(task, completed=corpus.num_bytes_read)
+        task = progress.add_task(description, total=num_bytes)
+        yield lambda count: progress.advance(task, count)

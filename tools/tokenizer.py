@@ -57,7 +57,11 @@ def check(
         typer.echo("infilling: PRE {}, SUF {}, MID {}, EOT {}".format(*ids))
     else:
         typer.echo("infilling: this tokenizer has no pieces for it")
+    typer.echo(f"ids by {tokenizer.engine.name} ({tokenizer.engine.reason})")
     fault = find_fault(tokenizer, texts)
-    typer.echo(fault or f"{texts:,} random texts that spell special pieces: none became one, all came back")
+    typer.echo(
+        fault
+        or f"{texts:,} random texts that spell special pieces: none became one, all came back, ids as SentencePiece's"
+    )
     if fault:
         raise typer.Exit(1)

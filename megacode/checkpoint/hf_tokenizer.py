@@ -11,13 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megacode.data.tokenizer import END_OF_INFILL, MIDDLE, PREFIX, SUFFIX, Tokenizer
+from megacode.data.tokenizer import Tokenizer
+from megacode.data.tokenizer_json import SPACE, merges, refusal, vocabulary
 from megacode.errors import UserError
-
-INFILLING = (PREFIX, SUFFIX, MIDDLE, END_OF_INFILL)
-
-SPACE = "\u2581"
-"""SentencePiece's visible space."""
 
 
 def write_tokenizer(model_file: Path, folder: Path, max_positions: int) -> None:
@@ -55,31 +51,16 @@ def write_tokenizer(model_file: Path, folder: Path, max_positions: int) -> None:
 
 
 def _read_proto(model_file: Path) -> Any:
-    from sentencepiece import sentencepiece_model_pb2
-
-    Tokenizer(model_file)  # raises UserError when it is none
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model_file.read_bytes())
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    needed = {
-        "model_type BPE": trainer.model_type == trainer.BPE,
-        "byte fallback": trainer.byte_fallback,
-        "identity normalisation": not normalizer.precompiled_charsmap,
-        "a dummy prefix": normalizer.add_dummy_prefix and not trainer.treat_whitespace_as_suffix,
-        "kept whitespace": not normalizer.remove_extra_whitespaces and normalizer.escape_whitespaces,
-        "no user-defined pieces": all(piece.type != piece.USER_DEFINED or _is_special(piece) for piece in proto.pieces),
-    }
-    for name, given in needed.items():
-        if not given:
-            raise UserError(
-                f"{model_file}: a HuggingFace tokenizer with equal ids needs {name}; train it with megacode"
-            )
+    """The model, in which Code Llama's infilling pieces are control pieces (its own file has them as normal ones)."""
+    proto = Tokenizer(model_file).model
+    lacking = refusal(proto)
+    if lacking:
+        raise UserError(f"{model_file}: a HuggingFace tokenizer with equal ids needs {lacking}; train it with megacode")
     return proto
 
 
 def _is_special(piece: Any) -> bool:
-    """Code Llama's own file has the infilling pieces as normal ones; `Tokenizer` keeps text from reaching them too."""
-    return piece.type in (piece.CONTROL, piece.UNKNOWN) or piece.piece in INFILLING
+    return piece.type in (piece.CONTROL, piece.UNKNOWN)
 
 
 def _backend(proto: Any) -> Any:
@@ -88,9 +69,8 @@ def _backend(proto: Any) -> Any:
     from tokenizers import decoders, models, normalizers, processors
 
     trainer = proto.trainer_spec
-    vocab = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    assert len(vocab) == len(proto.pieces)
-    bpe = models.BPE(vocab=vocab, merges=_merges(proto), unk_token=trainer.unk_piece, byte_fallback=True, fuse_unk=True)
+    rows = vocabulary(proto)
+    bpe = models.BPE(vocab=rows, merges=merges(proto), unk_token=trainer.unk_piece, byte_fallback=True, fuse_unk=True)
     tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     tokenizer.decoder = decoders.Sequence(
@@ -103,21 +83,6 @@ def _backend(proto: Any) -> Any:
     special = [piece.piece for piece in proto.pieces if _is_special(piece)]
     tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in special])
     return tokenizer
-
-
-def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Every split of every piece into two pieces, best score first.
-
-    SentencePiece merges the adjacent pair whose union is the best-scored piece, wherever the union is split.
-    """
-    scores = {
-        piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL and not _is_special(piece)
-    }
-    merges = []
-    for piece in sorted(scores, key=lambda name: -scores[name]):  # stable: equal scores stay in the order of ids
-        splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        merges += [(left, right) for left, right in splits if left in scores and right in scores]
-    return merges
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

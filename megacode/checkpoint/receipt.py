@@ -97,7 +97,7 @@ def check_export(
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype = "bf16" if config["dtype"] == "bfloat16" else "fp32"
-    tokenizer = Tokenizer(checkpoint.tokenizer_path)
+    tokenizer = Tokenizer(checkpoint.tokenizer_path, oracle=True)
     num_steps = checkpoint.model.layers + 2
     layout = _check_layout(checkpoint, folder, config, tokenizer)
     checks = [layout, _check_config(checkpoint.model, config, dtype), _check_tokenizer(tokenizer, folder, texts)]

@@ -1,120 +1,226 @@
-"""Reading source files: folders of code, single files and JSON lines, one document at a time."""
+"""What the documents are: inputs, cut into units that can be read each by itself, one document at a time."""
 
-import gzip
+import dataclasses
 import hashlib
-import json
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import NamedTuple
 
+from megacode.data.filters import Filters
+from megacode.data.languages import language_of, suffixes_of
+from megacode.data.readers import (
+    LINES,
+    PARQUET,
+    Fault,
+    Fields,
+    Record,
+    Reject,
+    Segments,
+    Watch,
+    json_lines,
+    parquet,
+    parquet_groups,
+    whole_file,
+)
+from megacode.data.streams import OnBytes
 from megacode.errors import UserError
 
 SUFFIXES = (".py",)
 EXCLUDE = (".git", ".venv", "__pycache__", "node_modules", "site-packages", "test", "tests")
-_LINES = (".jsonl", ".jsonl.gz")
-_UNREAD = (".zst", ".parquet")
+UNIT_BYTES = 64 << 20
+"""About how much of the inputs one unit is, as they lie on disk."""
+
+
+class Piece(NamedTuple):
+    """A file, or a stretch of one: bytes start..stop-1 of JSON lines, row groups start..stop-1 of Parquet."""
+
+    input: int
+    """Which of the inputs led to it."""
+    name: str
+    """Path below that input."""
+    size: int
+    """Of the whole file, in bytes."""
+    modified: int
+    """Time of its last change, in ns; with the size it tells whether it is still the file that was planned with."""
+    num_bytes: int
+    """Of the stretch."""
+    start: int | None = None
+    stop: int | None = None
+
+
+Unit = tuple[Piece, ...]
+"""What is read, tokenized and written as one part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text.
+
+    Attributes:
+        name: The file's path below its input.
+        line: Number of its line, in the stretch that its unit reads (of its row in the file, for Parquet); None where
+            the file is the document.
+        key: What names it among all documents: the file's name, and the byte or row behind a colon.
+        text: All of it.
+        segments: The parts that it consists of, with whether they are to be learned; None where it is one text.
+        language: By the file's name, or from the language field; None where it is not known.
+        num_bytes: In UTF-8.
+    """
+
+    name: str
+    line: int | None
+    key: str
+    text: str
+    segments: Segments | None
+    language: str | None
+    num_bytes: int
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text and its name: the file's path below the input, and for JSON lines the line's number behind a colon."""
-
-    name: str
-    text: str
-
-
 class Corpus:
     """The documents below some inputs, in an order that depends on nothing but their files' names.
 
-    A file is one document; a .jsonl or .jsonl.gz file has one on each line. Files are shuffled by a hash of their path
-    below the input that led to them; lines stay in order. Only the list of paths is held in memory.
-
-    Args:
-        inputs: Files, or folders in which every file with one of the suffixes is taken; links in them are not.
-        suffixes: Ends of file names that are taken in folders.
-        exclude: Names of folders below an input that are not entered.
-        text_key: The field of a JSON line that holds the text.
+    A file is one document; .jsonl (also .gz, .zst) and .parquet files have one on each line or row. Files are shuffled
+    by a hash of their path below the input that led to them; lines stay in order. Nothing but the list of files is held
+    in memory.
 
     Attributes:
-        source: The inputs, in words.
-        num_bytes: Size of all files.
-        num_bytes_read: How much of that has been read.
-        num_undecodable: Documents skipped because they are not UTF-8.
-        num_empty: Documents skipped because they hold nothing but white space.
-
-    Raises:
-        UserError: an input is missing, of a kind that is not read, or a folder without any file to take.
+        inputs: Files, or folders in which every file with one of the suffixes is taken; links in them are not.
+        suffixes: Ends of file names that are taken in folders; none means those of the filters' languages, or .py.
+        exclude: Names of folders below an input that are not entered.
+        fields: Where a record has its text.
+        filters: Which documents are left out.
     """
 
-    def __init__(
-        self,
-        inputs: Sequence[str | Path],
-        *,
-        suffixes: Sequence[str] = SUFFIXES,
-        exclude: Sequence[str] = EXCLUDE,
-        text_key: str = "text",
-    ) -> None:
-        files = [file for path in inputs for file in _find(Path(path), tuple(suffixes), frozenset(exclude))]
-        self._files = sorted(files, key=lambda file: (name_hash(file[0], "order"), file[0]))
-        self._text_key = text_key
-        self.source = f"{', '.join(map(str, inputs))} (folders: {' '.join(suffixes)})"
-        self.num_bytes = sum(path.stat().st_size for _, path in files)
-        self.num_bytes_read = 0
-        self.num_undecodable = 0
-        self.num_empty = 0
+    inputs: Sequence[str | Path]
+    suffixes: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = EXCLUDE
+    fields: Fields = Fields()
+    filters: Filters = Filters()
 
-    def documents(self) -> Iterator[Document]:
-        """Read the documents, skipping and counting empty ones and those that are not UTF-8.
+    @property
+    def source(self) -> str:
+        """The inputs, in words."""
+        return f"{', '.join(map(str, self.inputs))} (folders: {' '.join(self.taken)})"
+
+    def absolute(self) -> "Corpus":
+        """The same with absolute paths."""
+        return dataclasses.replace(self, inputs=tuple(os.path.abspath(path) for path in self.inputs))
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Ends of the file names that are taken in folders."""
+        return self.suffixes or tuple(s for name in self.filters.languages for s in suffixes_of(name)) or SUFFIXES
+
+    def plan(self) -> Iterator[Unit]:
+        """Cut the inputs into units. They depend on the files' names and sizes alone.
 
         Raises:
-            UserError: a file cannot be read, or a line of a JSON lines file is not as it should be.
+            UserError: an input is missing or of a kind that is not read, or a folder without any file to take.
         """
-        self.num_bytes_read = self.num_undecodable = self.num_empty = 0
-        for name, path in self._files:
-            documents = self._lines(name, path) if name.endswith(_LINES) else self._whole(name, path)
-            try:
-                for document_name, text in documents:
-                    if text is None:
-                        self.num_undecodable += 1
-                    elif not text.strip():
-                        self.num_empty += 1
-                    else:
-                        yield Document(document_name, text)
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror or error}; mend it or leave it out") from None
-            except (EOFError, zlib.error) as error:
-                raise UserError(f"{path} is a damaged gzip file ({error}); fetch it again or leave it out") from None
+        unit: list[Piece] = []
+        num_bytes = 0
+        for piece in self._pieces():
+            if unit and num_bytes + piece.num_bytes > UNIT_BYTES:
+                yield tuple(unit)
+                unit, num_bytes = [], 0
+            unit.append(piece)
+            num_bytes += piece.num_bytes
+        if unit:
+            yield tuple(unit)
 
-    def _whole(self, name: str, path: Path) -> Iterator[tuple[str, str | None]]:
-        data = path.read_bytes()
-        self.num_bytes_read += len(data)
-        yield name, _decode(data)
+    def read(self, unit: Unit, watch: Watch | None = None) -> Iterator[Document]:
+        """The documents of a unit that pass the filters, in order; the others are told to `watch`.
 
-    def _lines(self, name: str, path: Path) -> Iterator[tuple[str, str | None]]:
-        before = self.num_bytes_read
-        with path.open("rb") as raw:
-            lines: IO[bytes] | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
-            for number, line in enumerate(lines, 1):
-                self.num_bytes_read = before + raw.tell()
-                if line.strip():
-                    yield f"{name}:{number}", self._field(line, f"{path}:{number}")
+        Raises:
+            UserError: a file cannot be read, or has changed since it was planned with.
+        """
+        watch = watch or Watch()
+        for watch.piece, piece in enumerate(unit):
+            told = watch.num_lines = 0
 
-    def _field(self, line: bytes, where: str) -> str | None:
-        """The text of a JSON line; None where it is not UTF-8 (JSON can also spell half a surrogate pair)."""
-        decoded = _decode(line)
-        if decoded is None:
-            return None
+            def on_bytes(count: int) -> None:
+                nonlocal told
+                told += count
+                watch.on_bytes(count)
+
+            for record in self._records(piece, watch, on_bytes):
+                document = self._document(piece, record)
+                if isinstance(document, Document):
+                    yield document
+                else:
+                    watch.on_reject(document)
+            watch.on_bytes(piece.num_bytes - told)
+
+    def documents(self, watch: Watch | None = None) -> Iterator[Document]:
+        """The documents of all units."""
+        for unit in self.plan():
+            yield from self.read(unit, watch)
+
+    def path(self, piece: Piece) -> Path:
+        """Where a piece's file is."""
+        path = Path(self.inputs[piece.input])
+        return path / piece.name if path.is_dir() else path
+
+    def _pieces(self) -> Iterator[Piece]:
+        files = [
+            Piece(number, name, stat.st_size, stat.st_mtime_ns, stat.st_size)
+            for number, path in enumerate(self.inputs)
+            for name, stat in _find(Path(path), self.taken, frozenset(self.exclude))
+        ]
+        files.sort(key=lambda file: (name_hash(file.name, "order"), file.name))
+        for file in files:
+            if file.name.endswith(".jsonl"):
+                for start in range(0, file.size, UNIT_BYTES):
+                    stop = min(start + UNIT_BYTES, file.size)
+                    yield file._replace(num_bytes=stop - start, start=start, stop=stop)
+            elif file.name.endswith(PARQUET):
+                yield from _row_groups(file, parquet_groups(self.path(file)))
+            else:
+                yield file
+
+    def _records(self, piece: Piece, watch: Watch, on_bytes: OnBytes) -> Iterator[Record]:
+        path = self.path(piece)
         try:
-            record = json.loads(decoded)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON ({error}); mend the line or leave the file out") from None
-        text = record.get(self._text_key) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"{where} has no text in the field {self._text_key!r}; name the field with --text-key")
-        return _decode(text.encode("utf-8", "surrogatepass"))
+            file = path.open("rb")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; mend it or leave it out") from None
+        with file:
+            stat = os.fstat(file.fileno())
+            if (stat.st_size, stat.st_mtime_ns) != (piece.size, piece.modified):
+                raise UserError(f"{path} has changed since the start; remove PREFIX.parts and prepare again")
+            if piece.name.endswith(LINES):
+                yield from json_lines(file, piece.name, piece.start or 0, piece.stop, self.fields, watch, on_bytes)
+            elif piece.name.endswith(PARQUET):
+                yield from parquet(path, piece.start or 0, piece.stop or 0, self.fields)
+            else:
+                yield from whole_file(file, piece.size, self.filters.max_bytes, on_bytes)
+
+    def _document(self, piece: Piece, record: Record) -> Document | Reject:
+        line, place, content = record
+        if isinstance(content, Fault):
+            return Reject(piece.name, line, content.reason)
+        text, segments, language = content
+        if not text or text.isspace():
+            return Reject(piece.name, line, "empty")
+        try:
+            num_bytes = len(text) if text.isascii() else len(text.encode("utf-8"))
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+            return Reject(piece.name, line, "not Unicode")
+        if line is None:
+            language = language_of(piece.name)
+        reason = self.filters.reason(text, language, num_bytes)
+        if reason is not None:
+            return Reject(piece.name, line, reason)
+        key = piece.name if place is None else f"{piece.name}:{place}"
+        return Document(piece.name, line, key, text, segments, language, num_bytes)
+
+
+def sum_bytes(unit: Sequence[Piece]) -> int:
+    """Bytes of a unit, as they lie on disk."""
+    return sum(piece.num_bytes for piece in unit)
 
 
 def name_hash(name: str, purpose: str) -> int:
@@ -123,17 +229,29 @@ def name_hash(name: str, purpose: str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _decode(data: bytes) -> str | None:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+def is_valid(key: str, valid_fraction: float) -> bool:
+    """Whether a document goes to the validation shard: decided by its key alone."""
+    return name_hash(key, "split") < valid_fraction * 2**64
 
 
-def _find(path: Path, suffixes: tuple[str, ...], exclude: frozenset[str]) -> Iterator[tuple[str, Path]]:
-    """The files of one input: path below the input, and path."""
+def _row_groups(file: Piece, groups: Sequence[int]) -> Iterator[Piece]:
+    """A Parquet file's row groups, as many in one piece as come to a unit."""
+    start = num_bytes = 0
+    for group, size in enumerate(groups):
+        if num_bytes and num_bytes + size > UNIT_BYTES:
+            yield file._replace(num_bytes=num_bytes, start=start, stop=group)
+            start, num_bytes = group, 0
+        num_bytes += size
+    if start < len(groups):
+        yield file._replace(num_bytes=num_bytes, start=start, stop=len(groups))
+
+
+def _find(path: Path, suffixes: tuple[str, ...], exclude: frozenset[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """The files of one input: path below the input, and what the system says of it."""
     if not path.is_dir():
-        yield path.name, _readable(path)
+        if not path.is_file():
+            raise UserError(f"{path} is no file and no folder; check the inputs")
+        yield path.name, path.stat()
         return
     found = False
     for folder, folders, names in os.walk(path, onerror=_refuse):
@@ -142,17 +260,9 @@ def _find(path: Path, suffixes: tuple[str, ...], exclude: frozenset[str]) -> Ite
             file = Path(folder, name)
             if name.endswith(suffixes) and file.is_file() and not file.is_symlink():
                 found = True
-                yield file.relative_to(path).as_posix(), _readable(file)
+                yield file.relative_to(path).as_posix(), file.stat()
     if not found:
         raise UserError(f"{path} has no file that ends in {' or '.join(suffixes)}; check --suffix and --exclude")
-
-
-def _readable(path: Path) -> Path:
-    if path.name.endswith(_UNREAD):
-        raise UserError(f"{path}: Zstandard and Parquet are not read yet; turn it into .jsonl or .jsonl.gz")
-    if not path.is_file():
-        raise UserError(f"{path} is no file and no folder; check the inputs")
-    return path
 
 
 def _refuse(error: OSError) -> None:

@@ -1,87 +1,92 @@
 """From source files to a tokenizer and to shards."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from megacode.data.corpus import Corpus, name_hash
-from megacode.data.shards import ShardWriter
+from megacode.data.corpus import Corpus
+from megacode.data.job import Job
+from megacode.data.parts import cannot_write, merge
+from megacode.data.pool import num_cores, run_units
+from megacode.data.readers import Watch
+from megacode.data.streams import OnBytes
 from megacode.data.tokenizer import Tokenizer, train
 from megacode.errors import UserError
 
-
-@dataclass(frozen=True)
-class Summary:
-    """What `prepare` did."""
-
-    num_documents: int
-    num_tokens: int
-    num_valid_documents: int
-    num_valid_tokens: int
-    num_undecodable: int
-    """Documents skipped because they are not UTF-8."""
-    num_empty: int
-    """Documents skipped because they hold nothing but white space."""
+Summary = dict[str, dict[str, Any]]
+"""Side (train, valid) -> what is in its PREFIX.json."""
 
 
-def prepare(
+def plan(
     corpus: Corpus,
-    tokenizer: Tokenizer,
+    tokenizer: str | Path,
     output: str | Path,
     *,
     valid: str | Path | None = None,
     valid_fraction: float = 0.05,
-    on_document: Callable[[], None] = lambda: None,
-) -> Summary:
-    """Tokenize documents into shards, one sequence BOS ... EOS for each. Memory does not grow with the corpus.
+) -> Job:
+    """Cut the inputs into units and write down the job in PREFIX.parts, or go on with the one that stands there.
 
     Args:
         corpus: The documents; shards keep its order.
-        tokenizer: Its hash goes into PREFIX.json.
+        tokenizer: The tokenizer's file; its hash goes into PREFIX.json.
         output: Prefix of the training shard.
         valid: Prefix of the validation shard; left out, there is none.
-        valid_fraction: Share of the documents that go there, chosen by a hash of the document's name: a document stays
-            on its side when others come or go.
-        on_document: Called after each document.
+        valid_fraction: Share of the documents that go there, chosen by a hash of the document's key: a file stays on its
+            side when others come or go.
 
     Raises:
-        UserError: an input cannot be read, an output cannot be written, or a shard would be empty.
+        UserError: an input cannot be read, an output stands there already or cannot be written.
     """
     if valid is not None and Path(valid) == Path(output):
         raise UserError(f"--output and --valid are both {output}; give two prefixes")
     if not 0 < valid_fraction < 1:
         raise UserError(f"--valid-fraction is {valid_fraction}; give a share between 0 and 1")
-    try:
-        with ExitStack() as stack:
-            writers = [
-                stack.enter_context(
-                    ShardWriter(prefix, tokenizer.vocabulary, tokenizer_sha256=tokenizer.sha256, source=corpus.source)
+    job = Job(
+        corpus=corpus.absolute(),
+        source=corpus.source,
+        tokenizer_path=os.path.abspath(tokenizer),
+        tokenizer_sha256=Tokenizer(tokenizer).sha256,
+        output=os.path.abspath(output),
+        valid=None if valid is None else os.path.abspath(valid),
+        valid_fraction=valid_fraction,
+    )
+    if not job.folder.exists():  # else they are of a merge that was interrupted
+        for prefix in job.prefixes.values():
+            if os.path.lexists(f"{prefix}.bin"):
+                raise UserError(
+                    f"{prefix}.bin is there already; remove it with its .idx and .json, or name another prefix"
                 )
-                for prefix in (output, valid)
-                if prefix is not None
-            ]
-            for document in corpus.documents():
-                ids = [tokenizer.bos, *tokenizer.encode(document.text), tokenizer.eos]
-                writers[valid is not None and is_valid(document.name, valid_fraction)].add_document(ids)
-                on_document()
-            for writer in writers:
-                if not writer.num_documents:
-                    raise UserError(
-                        f"no document is left for {writer.prefix} ({corpus.num_undecodable} that are not UTF-8 and "
-                        f"{corpus.num_empty} empty ones were skipped); give more inputs or change --valid-fraction"
-                    )
+    try:
+        return job.start()
     except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or output}: {error.strerror}; mend that or move --output"
-        ) from None
-    counts = [(writer.num_documents, writer.num_tokens) for writer in writers]
-    return Summary(*counts[0], *(counts[1] if valid is not None else (0, 0)), corpus.num_undecodable, corpus.num_empty)
+        raise cannot_write(job, error) from None
 
 
-def is_valid(name: str, valid_fraction: float) -> bool:
-    """Whether a document goes to the validation shard: decided by its name alone."""
-    return name_hash(name, "split") < valid_fraction * 2**64
+def prepare(job: Job, workers: int | None = None, on_bytes: OnBytes = lambda count: None) -> Summary:
+    """Tokenize documents into shards, one sequence BOS ... EOS for each, in so many processes.
+
+    The shards' bytes do not depend on the number of workers, nor on whether the work was interrupted. Memory does not
+    grow with the corpus.
+
+    Args:
+        job: From `plan`.
+        workers: Processes; left out, as many as there are cores.
+        on_bytes: Told how many bytes of the inputs have been read since it was last told.
+
+    Raises:
+        UserError: an input cannot be read, an output cannot be written, or a shard would be empty.
+    """
+    with _locked(job):
+        for leftover in job.folder.glob("*.tmp"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+        run_units(job, range(job.num_units), workers or num_cores(), on_bytes)
+        return merge(job)
 
 
 def train_tokenizer(
@@ -90,7 +95,7 @@ def train_tokenizer(
     num_pieces: int = 4096,
     *,
     max_bytes: int = 1 << 30,
-    on_document: Callable[[], None] = lambda: None,
+    on_bytes: OnBytes = lambda count: None,
 ) -> None:
     """Train a tokenizer (see `tokenizer.train`) on the first documents of a corpus, in its shuffled order.
 
@@ -99,22 +104,32 @@ def train_tokenizer(
         output: The file to write.
         num_pieces: Rows of the base; the file has 16 more.
         max_bytes: How much text to use, since the trainer holds it in memory.
-        on_document: Called after each document.
+        on_bytes: Told how many bytes of the inputs have been read since it was last told.
 
     Raises:
         UserError: an input cannot be read, the output cannot be written, or the text is too little for so many pieces.
     """
     try:
-        train(_first(corpus, max_bytes, on_document), output, num_pieces)
+        train(_first(corpus, max_bytes, on_bytes), output, num_pieces)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; mend that or move --output") from None
 
 
-def _first(corpus: Corpus, max_bytes: int, on_document: Callable[[], None]) -> Iterator[str]:
+def _first(corpus: Corpus, max_bytes: int, on_bytes: OnBytes) -> Iterator[str]:
     left_bytes = max_bytes
-    for document in corpus.documents():
+    for document in corpus.documents(Watch(on_bytes)):
         yield document.text
-        on_document()
-        left_bytes -= len(document.text.encode())
+        left_bytes -= document.num_bytes
         if left_bytes <= 0:
             return
+
+
+@contextlib.contextmanager
+def _locked(job: Job) -> Iterator[None]:
+    """One command at a time works on a folder of parts."""
+    with (job.folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another `megacode prepare` works on {job.folder}; wait for it or end it") from None
+        yield

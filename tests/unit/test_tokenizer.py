@@ -1,20 +1,28 @@
 """megacode.data.tokenizer: training, the appended rows, and what comes back from encoding."""
 
 import argparse
+import dataclasses
+import importlib
 import inspect
 import json
+import pickle
+import random
 import textwrap
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 
-from megacode.data.tokenizer import NUM_APPENDED_ROWS, Tokenizer, find_fault, train
+from megacode.data import engines
+from megacode.data.tokenizer import NUM_APPENDED_ROWS, Tokenizer, find_fault, probes, train
 from megacode.errors import UserError
 
 TEXTS = [inspect.getsource(module) for module in (argparse, json.decoder, textwrap)]
 SPECIALS = ["<unk>", "<s>", "</s>", "<0x0A>", "▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>", "<step>", "<reserved_0>"]
+NAMES = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(0, 256, 5)), "<", ">", " ", "\n", "a", "0", "é"]
+ANY_CODES = [*range(0x500), *range(0x2000, 0x3100), 0x4E2D, 0xFFFD, *range(0x1F600, 0x1F650), 0x10FFFF]
 # Any Unicode text, with the things that have been trouble before made frequent.
 ANY_TEXT = st.lists(
     st.text(st.characters(exclude_categories=["Cs"]))
@@ -143,3 +151,83 @@ def test_a_file_that_is_no_model(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"t\.model"):
         Tokenizer(path)
+
+
+def test_the_fast_engine_gives_sentencepieces_ids_over_100_000_texts(tokenizer, path):
+    engine, oracle = tokenizer.engine, Tokenizer(path, oracle=True).engine
+    assert engine.name.startswith("fastokens")
+    assert oracle.name.startswith("sentencepiece")
+    generator = random.Random(1)
+    source = "".join(TEXTS)
+    texts = [
+        *probes(tokenizer, 50_000),
+        *(source[start : start + generator.randrange(80)] for start in generator.choices(range(len(source)), k=30_000)),
+        *("".join(generator.choices(NAMES, k=generator.randrange(6))) for _ in range(10_000)),
+        *("".join(map(chr, generator.choices(ANY_CODES, k=generator.randrange(20)))) for _ in range(10_000)),
+    ]
+    assert len(texts) == 100_000
+    for text in texts:
+        assert np.array_equal(engine.document(text), oracle.document(text)), text
+        assert np.array_equal(engine.continuation(text), oracle.continuation(text)), text
+
+
+@pytest.mark.parametrize("change", ["nfkc", "user-defined piece", "no dummy prefix"])
+def test_a_model_that_the_fast_engine_cannot_express_is_sentencepieces(path, tmp_path, change):
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(path.read_bytes())
+    if change == "nfkc":
+        trained = tmp_path / "nfkc.model"
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "nfkc"), model_type="bpe", vocab_size=400,
+            byte_fallback=True, normalization_rule_name="nfkc", minloglevel=3, max_sentence_length=1 << 20,
+        )  # fmt: skip
+        model.ParseFromString(trained.read_bytes())
+    elif change == "no dummy prefix":
+        model.normalizer_spec.add_dummy_prefix = False
+    else:
+        model.pieces[900].type = model.pieces[900].USER_DEFINED
+    (tmp_path / "t.model").write_bytes(model.SerializeToString())
+    tokenizer = Tokenizer(tmp_path / "t.model")
+    assert tokenizer.engine.name.startswith("sentencepiece")
+    assert "fastokens needs" in tokenizer.engine.reason
+    own = SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    assert tokenizer.encode(TEXTS[0][:500]) == own.encode(TEXTS[0][:500])
+
+
+def test_an_engine_that_gives_other_ids_or_is_absent_is_not_taken(tokenizer, monkeypatch):
+    fast = engines.fastest(tokenizer.model, [])
+
+    def wrong(text):
+        return fast.document(text)[::-1]
+
+    monkeypatch.setattr(engines, "_fastokens", lambda model: dataclasses.replace(fast, document=wrong))
+    engine = engines.fastest(tokenizer.model, probes(tokenizer))
+    assert engine.name.startswith("sentencepiece")
+    assert "other ids" in engine.reason
+    monkeypatch.setattr(engines, "_fastokens", lambda model: importlib.import_module("no_such_package"))
+    assert "is not installed" in engines.fastest(tokenizer.model, []).reason
+
+
+def test_a_tokenizer_travels_to_another_process(tokenizer):
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.sha256 == tokenizer.sha256
+    assert again.encode("def f():") == tokenizer.encode("def f():")
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 1015), max_size=12))
+def test_decoding_any_ids_is_sentencepieces(tokenizer, path, ids):
+    assert tokenizer.decode_continuation(ids) == engines.processor(tokenizer.model, dummy_prefix=False).decode(ids)
+
+
+def test_half_a_surrogate_pair_is_no_text(tokenizer, path):
+    for each in (tokenizer, Tokenizer(path, oracle=True)):
+        with pytest.raises(UnicodeEncodeError):
+            each.encode("a\ud800b")
+
+
+def test_text_that_spells_a_byte_piece_stays_text(tokenizer, path):
+    oracle = Tokenizer(path, oracle=True)
+    for text in ("<0x35>", "a <0x0A>\n<0xFF>", "x = '<0x41>'\n", "<0x4", "0x41>"):
+        assert tokenizer.encode(text) == oracle.encode(text)
+        assert tokenizer.encode_continuation(text) == oracle.encode_continuation(text)

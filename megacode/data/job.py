@@ -1,0 +1,188 @@
+"""What one preparation is: its inputs and options, cut into units, on disk so that any process can work on a unit."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megacode.data.corpus import Corpus, Document, Piece, Unit, sum_bytes
+from megacode.data.filters import Filters
+from megacode.data.readers import Fields, Watch
+from megacode.data.tokenizer import Tokenizer
+from megacode.errors import UserError
+
+_FORMAT = 1
+_JOB, _UNITS = "job.json", "units.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A preparation that has been planned.
+
+    Attributes:
+        corpus: Inputs, as absolute paths, and how they are read.
+        source: The inputs, in words; goes to PREFIX.json.
+        tokenizer_path, tokenizer_sha256: The tokenizer.
+        output, valid: Prefixes of the training and of the validation shard, as absolute paths; `valid` may be None.
+        valid_fraction: Share of the documents that go there.
+        num_units, num_bytes: What there is to read.
+        units_sha256: Of the list of units: it differs where a file's name, size or time of change does.
+    """
+
+    corpus: Corpus
+    source: str
+    tokenizer_path: str
+    tokenizer_sha256: str
+    output: str
+    valid: str | None
+    valid_fraction: float
+    num_units: int = 0
+    num_bytes: int = 0
+    units_sha256: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """PREFIX.parts, where the parts wait until they are merged."""
+        return parts_folder(self.output)
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """Side -> prefix of its shard: train, and valid if there is one."""
+        return {"train": self.output, **({} if self.valid is None else {"valid": self.valid})}
+
+    def unit(self, unit: int) -> Unit:
+        """The pieces of a unit."""
+        with (self.folder / _UNITS).open("rb") as file:
+            file.seek(self._places[unit])
+            return tuple(Piece(*piece) for piece in json.loads(file.readline()))
+
+    def part(self, unit: int) -> Path:
+        """The folder of a unit's part; it is there when the part is finished."""
+        return self.folder / f"{unit:06d}"
+
+    def dropped(self, unit: int) -> list[Path]:
+        """The lists of documents of a unit that are not to be tokenized, by step."""
+        return sorted((self.folder / "dropped").glob(f"{unit:06d}.*.jsonl"))
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            UserError: it cannot be read, or is not the one that the job was planned with.
+        """
+        tokenizer = Tokenizer(self.tokenizer_path)
+        if tokenizer.sha256 != self.tokenizer_sha256:
+            raise UserError(f"{self.tokenizer_path} has changed since {self.folder} was made; remove that folder")
+        return tokenizer
+
+    @staticmethod
+    def load(folder: str | Path) -> "Job":
+        """Read a job from its folder.
+
+        Raises:
+            UserError: there is none, or it is of another version.
+        """
+        path = Path(folder, _JOB)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("format") != _FORMAT:
+                raise ValueError
+            corpus = values.pop("corpus")
+            filters, fields = corpus.pop("filters"), corpus.pop("fields")
+            lists = {key: tuple(corpus[key]) for key in ("inputs", "suffixes", "exclude")}
+            filters["languages"] = tuple(filters["languages"])
+            return Job(Corpus(**lists, fields=Fields(**fields), filters=Filters(**filters)), **values)
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; `megacode prepare` makes it") from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path} cannot be understood; remove {folder} and prepare again") from None
+
+    def start(self) -> "Job":
+        """Cut the inputs into units and write the job into its folder; or, where it stands there already, go on with it.
+
+        Raises:
+            UserError: the inputs cannot be read, or the folder holds parts of another job.
+        """
+        temporary = self.folder / f"{_UNITS}.{os.getpid()}.tmp"
+        units, made = self.corpus.plan(), not self.folder.exists()
+        first = next(units, None)  # inputs that are not there are told before a folder is made
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sha256, num_units, num_bytes = hashlib.sha256(), 0, 0
+        try:
+            with temporary.open("wb") as file:
+                while first is not None:
+                    line = json.dumps(first).encode() + b"\n"
+                    file.write(line)
+                    sha256.update(line)
+                    num_units, num_bytes = num_units + 1, num_bytes + sum_bytes(first)
+                    first = next(units, None)
+            job = dataclasses.replace(
+                self, num_units=num_units, num_bytes=num_bytes, units_sha256=sha256.hexdigest()
+            )
+            if (self.folder / _JOB).exists():
+                _same(Job.load(self.folder), job)
+            else:
+                os.replace(temporary, self.folder / _UNITS)
+                job._write()
+        finally:
+            temporary.unlink(missing_ok=True)
+            if made and not (self.folder / _JOB).exists():
+                shutil.rmtree(self.folder)
+        return job
+
+    @functools.cached_property
+    def _places(self) -> list[int]:
+        """Where each unit begins in the list of units."""
+        places = [0]
+        with (self.folder / _UNITS).open("rb") as file:
+            for line in file:
+                places.append(places[-1] + len(line))
+        return places
+
+    def _write(self) -> None:
+        path = self.folder / _JOB
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def parts_folder(output: str | Path) -> Path:
+    """PREFIX.parts."""
+    return Path(f"{output}.parts")
+
+
+def documents(job: Job, unit: int, watch: Watch | None = None) -> Iterator[Document]:
+    """The documents of a unit that pass the filters, in order. Their ordinal in it is what lists of dropped ones name.
+
+    Raises:
+        UserError: a file cannot be read, or has changed since the job was planned.
+    """
+    return job.corpus.read(job.unit(unit), watch)
+
+
+def _same(old: Job, new: Job) -> None:
+    mend = f"give the same inputs and options to go on with it, or remove {old.folder}"
+    before, now = (_flat(dataclasses.asdict(job)) for job in (old, new))
+    for key in now:
+        if key in ("num_units", "num_bytes"):
+            continue
+        if key == "units_sha256" and before[key] != now[key]:
+            raise UserError(f"{old.folder} is of inputs that have changed since; {mend}")
+        if before[key] != now[key]:
+            raise UserError(f"{old.folder} is of a preparation with another {key} ({before[key]}); {mend}")
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of nested dictionaries by the keys of the innermost ones."""
+    return {
+        name: value
+        for key, inner in values.items()
+        for name, value in (_flat(inner) if isinstance(inner, dict) else {key: inner}).items()
+    }
