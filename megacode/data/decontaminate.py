@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,8 +67,11 @@ class Index:
     def save(self, path: str | Path) -> None:
         """Write the index; `load` reads it."""
         arrays = {f"{kind}{n}": a for n, pair in self._grams.items() for kind, a in zip("hb", pair, strict=True)}
-        with Path(path).open("wb") as file:
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        with partial.open("wb") as file:
             np.savez(file, allow_pickle=False, names=np.array(self.names), **arrays)
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Index":

@@ -25,6 +25,8 @@ from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 from numpy.typing import NDArray
 
 from megacode.data.decontaminate import Index
+from megacode.data.job import Job, documents
+from megacode.data.stages import BENCHMARKS
 from megacode.data.words import Hashes, ngram_hashes, word_hashes
 
 SHINGLE = 5
@@ -50,8 +52,6 @@ class Documents(PipelineStep):
         self.folder = str(folder)
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        from megacode.data.job import Job, documents
-
         for ordinal, document in enumerate(documents(Job.load(self.folder), rank)):
             yield Document(text=document.text, id=str(ordinal))
 
@@ -67,7 +67,7 @@ class Decontaminate(PipelineStep):
         self.folder = Path(folder)
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        index = Index.load(self.folder / "benchmarks.npz")
+        index = Index.load(self.folder / BENCHMARKS)
         dropped: list[dict[str, object]] = []
         for ordinal, document in enumerate(data):
             found = index.find(document.text)

@@ -26,7 +26,10 @@ from typing import Any
 from datatrove.executor import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from megacode.data.stages import Stage
+from megacode.data.job import Job
+from megacode.data.local import AGAIN
+from megacode.data.parts import merge, run_unit
+from megacode.data.stages import OnStage, Stage, stages_of
 from megacode.errors import UserError
 
 POLL_SECONDS = 2.0
@@ -35,11 +38,10 @@ PATIENCE = 15
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol")
 _ERROR = re.compile(r"^(?:\d+: )?(?:[\w.]+\.)?(\w+(?:Error|Exception|Interrupt)): (.+)$", re.MULTILINE)
 _KILLED = re.compile(r"(CANCELLED AT .*|Detected .*oom.?kill.*|oom_kill.*)", re.IGNORECASE)
-_AGAIN = "mend it and start the same command again: what is done stays"
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Request:
     """How tasks ask for their places; what else sbatch shall know goes through its environment (SBATCH_ACCOUNT, ...).
 
     Attributes:
@@ -65,8 +67,6 @@ class Tokenize(PipelineStep):
         self.folder = str(folder)
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        from megacode.data.job import Job, run_unit
-
         run_unit(Job.load(self.folder), rank)
 
 
@@ -80,8 +80,6 @@ class Merge(PipelineStep):
         self.folder = str(folder)
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        from megacode.data.job import Job, merge
-
         merge(Job.load(self.folder))
 
 
@@ -119,14 +117,12 @@ class Submission:
         present = set(_call("squeue", "--noheader", f"--user={os.getuid()}", "--format=%F").split())
         return {stage: job for stage, job in self.jobs.items() if job in present}
 
-    def wait(
-        self, finished: Callable[[], bool], on_progress: Callable[[str, int, int], None], poll: float = POLL_SECONDS
-    ) -> None:
+    def wait(self, finished: Callable[[], bool], on_stage: OnStage, poll: float = POLL_SECONDS) -> None:
         """Wait for the end.
 
         Args:
             finished: Whether the shard is there.
-            on_progress: Told a stage, how many of its tasks are done, and how many there are, at each poll.
+            on_stage: Told at each poll.
             poll: Seconds between two looks.
 
         Raises:
@@ -135,7 +131,7 @@ class Submission:
         parts, lost = _parts(self.prefix), 0
         while not finished():
             current = next((stage for stage in self.stages if stage.missing(parts)), self.stages[-1])
-            on_progress(current.name, current.num_done(parts), current.tasks)
+            on_stage(current.name, current.num_done(parts), current.tasks)
             try:
                 # A job of a failed stage takes those after it along, so an empty queue is the end, good or bad.
                 lost = 0 if self.queued() else lost + 1
@@ -161,12 +157,12 @@ class Submission:
         for log in self._logs():
             if reason := _reason(log):
                 task = log.stem.rpartition("_")[2]
-                return f"the stage {log.parent.name} failed in array task {task}: {reason}; its log is {log}; {_AGAIN}"
+                return f"the stage {log.parent.name} failed in array task {task}: {reason}; its log is {log}; {AGAIN}"
         stage = next((stage for stage in self.stages if stage.missing(_parts(self.prefix))), self.stages[-1])
         missing = stage.missing(_parts(self.prefix))
         return (
             f"no job is left in the queue, and {len(missing)} of {stage.tasks} tasks of the stage {stage.name} (the "
-            f"first is {missing[0] if missing else '-'}) are not done; logs are in {_outputs(self.prefix)}; {_AGAIN}"
+            f"first is {missing[0] if missing else '-'}) are not done; logs are in {_outputs(self.prefix)}; {AGAIN}"
         )
 
 
@@ -179,24 +175,22 @@ def check() -> None:
         raise UserError("--executor slurm sends jobs, which a job must not; start it outside of any, or leave it out")
 
 
-def submit(prefix: str | Path, stages: list[Stage], num_units: int, cluster: Cluster) -> Submission:
-    """Send the stages of a job, and then tokenizing and merging, to the cluster; unless they stand in its queue.
+def submit(job: Job, request: Request) -> Submission:
+    """Send all stages of a job to the cluster; unless they stand in its queue.
 
     Args:
-        prefix: Of the shard; PREFIX.parts has the job.
-        stages: What comes before tokenizing.
-        num_units: Units of the job.
-        cluster: What to ask for.
+        job: A job in PREFIX.parts.
+        request: What to ask for.
 
     Raises:
         UserError: SLURM is not here or refuses the jobs, or this is one of its jobs.
     """
     check()
-    prefix = Path(prefix).absolute()
+    prefix = Path(job.output)
     if re.search(r"[^\w./+=@,:-]", str(prefix)):
         raise UserError(f"{prefix} has characters that a batch script cannot have; use letters, digits and _ . / -")
-    parts = _parts(prefix)
-    stages = [*stages, Stage("tokenize", [Tokenize(parts)], num_units), Stage("merge", [Merge(parts)], 1)]
+    own = Stage("tokenize", [Tokenize(job.folder)], job.num_units), Stage("merge", [Merge(job.folder)], 1)
+    stages = [*stages_of(job), *own]
     record = _outputs(prefix) / "jobs.json"
     if record.exists():
         earlier = Submission(prefix, stages, json.loads(record.read_text(encoding="utf-8")))
@@ -205,7 +199,7 @@ def submit(prefix: str | Path, stages: list[Stage], num_units: int, cluster: Clu
     submission = Submission(prefix, stages, {})
     record.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _send(submission, cluster)
+        _send(submission, request)
     except BaseException:
         submission.cancel()
         raise
@@ -213,7 +207,7 @@ def submit(prefix: str | Path, stages: list[Stage], num_units: int, cluster: Clu
     return submission
 
 
-def _send(submission: Submission, cluster: Cluster) -> None:
+def _send(submission: Submission, request: Request) -> None:
     from datatrove.utils.logging import logger
 
     logger.remove()
@@ -221,7 +215,7 @@ def _send(submission: Submission, cluster: Cluster) -> None:
     most = int(found[1]) if found else 1001
     previous = None
     for stage in submission.stages:
-        previous = _executor(submission.prefix, stage, cluster, most, previous)
+        previous = _executor(submission.prefix, stage, request, most, previous)
         with _complaints() as complaints:
             try:
                 previous.launch_job()
@@ -231,7 +225,7 @@ def _send(submission: Submission, cluster: Cluster) -> None:
             submission.jobs[stage.name] = str(previous.job_id).partition(";")[0]
 
 
-def _executor(prefix: Path, stage: Stage, cluster: Cluster, most: int, depends: _Executor | None) -> _Executor:
+def _executor(prefix: Path, stage: Stage, request: Request, most: int, depends: _Executor | None) -> _Executor:
     outputs = _outputs(prefix) / stage.name
     merges = stage.name == "merge"
     return _Executor(
@@ -240,10 +234,10 @@ def _executor(prefix: Path, stage: Stage, cluster: Cluster, most: int, depends: 
         # Of several arrays for a stage, the next stage would wait for the last one only. So there is one.
         tasks_per_job=math.ceil(stage.tasks / most),
         max_array_size=most,
-        time=cluster.time or "",
-        partition=cluster.partition or "",
-        mem_per_cpu_gb=cluster.memory_gb,
-        workers=cluster.workers or -1,
+        time=request.time or "",
+        partition=request.partition or "",
+        mem_per_cpu_gb=request.memory_gb,
+        workers=request.workers or -1,
         job_name=f"megacode-{stage.name}",
         qos="",
         env_command=f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import io
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megacode.errors import UserError
 
 if TYPE_CHECKING:
     from datatrove.pipeline.base import PipelineStep
 
+    from megacode.data.job import Job
+
 NEEDED = ("datatrove", "regex", "xxhash")
-MODES = ("exact", "near")
+EXACT, NEAR = "exact", "near"
+BENCHMARKS = "benchmarks.npz"
+OnStage = Callable[[str, int, int], None]
+"""Told the name of a stage, how many of its tasks are done, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -54,87 +58,54 @@ def check_installed(asked: str) -> None:
         )
 
 
-def dedup_stages(parts: str | Path, num_units: int, dedup: str | None, decontaminate: bool) -> list[Stage]:
-    """What is done before documents are tokenized.
-
-    Args:
-        parts: PREFIX.parts, with the job and, to decontaminate, benchmarks.npz.
-        num_units: Units of the job.
-        dedup: `exact`, `near` (which includes exact), or None.
-        decontaminate: Whether documents that hold benchmarks are dropped.
-    """
+def stages_of(job: Job) -> list[Stage]:
+    """What is done before a job's documents are tokenized; nothing where nothing is to be left out."""
+    if job.dedup is None and not job.benchmarks:
+        return []
     from megacode.data import dedup as steps
 
-    assert dedup in (None, *MODES)
-    parts = Path(parts).absolute()
-    near = dedup == "near"
+    parts = job.folder
     reading: list[PipelineStep] = [steps.Documents(parts)]
-    if decontaminate:
+    if job.benchmarks:
         reading.append(steps.Decontaminate(parts))
-    if dedup is None:
-        return [Stage("decontaminate", reading, num_units)] if decontaminate else []
+    if job.dedup is None:
+        return [Stage("decontaminate", reading, job.num_units)]
+    near = job.dedup == NEAR
     return [
-        Stage("sign", [*reading, steps.Signature(parts, near)], num_units),
+        Stage("sign", [*reading, steps.Signature(parts, near)], job.num_units),
         Stage("search", [steps.Buckets(parts, near)], steps.config(near).num_buckets),
         Stage("cluster", [steps.Cluster(parts)], 1),
     ]
 
 
-def run_local(
-    stages: list[Stage], parts: str | Path, workers: int, on_progress: Callable[[str, int, int], None] | None = None
-) -> None:
+def run_local(stages: list[Stage], parts: Path, workers: int, on_stage: OnStage) -> None:
     """Run stages in order, each in `workers` processes.
 
     Args:
-        stages: From `dedup_stages`.
+        stages: From `stages_of`.
         parts: PREFIX.parts.
         workers: Processes.
-        on_progress: Told a stage, how many of its tasks are done, and how many there are, now and then.
+        on_stage: Told twice a second.
 
     Raises:
         UserError: an input is not as it should be, or a task failed: which one and where its log is.
     """
-    parts = Path(parts).absolute()
     for stage in stages:
-        if stage.missing(parts):
-            with _watched(stage, parts, on_progress):
-                _run(stage, parts, min(workers, stage.tasks))
+        if missing := stage.missing(parts):
+            from megacode.data.local import LocalExecutor
 
-
-def _run(stage: Stage, parts: Path, workers: int) -> None:
-    from datatrove.executor import LocalPipelineExecutor
-    from datatrove.utils.logging import logger
-
-    class Quiet(LocalPipelineExecutor):
-        """Its tasks log to files only, and say who they are when they fail."""
-
-        def _launch_run_for_rank(self, rank: int, *args: Any, **options: Any) -> Any:
-            with contextlib.redirect_stderr(io.StringIO()):
-                try:
-                    return super()._launch_run_for_rank(rank, *args, **options)
-                except UserError:
-                    raise
-                except Exception as error:
-                    log = stage.folder(parts) / "logs" / f"task_{rank:05d}.log"
-                    raise UserError(
-                        f"task {rank} of {stage.tasks} of the stage {stage.name} failed ({type(error).__name__}: "
-                        f"{error}); its log is {log}; what is done stays, so start the same command again"
-                    ) from error
-
-    logger.remove()
-    Quiet(stage.steps, tasks=stage.tasks, workers=workers, logging_dir=str(stage.folder(parts))).run()
+            folder = stage.folder(parts)
+            with _watched(stage, parts, on_stage):
+                LocalExecutor(stage.name, stage.steps, stage.tasks, min(workers, len(missing)), folder).run()
 
 
 @contextlib.contextmanager
-def _watched(stage: Stage, parts: Path, on_progress: Callable[[str, int, int], None] | None) -> Iterator[None]:
-    if on_progress is None:
-        yield
-        return
+def _watched(stage: Stage, parts: Path, on_stage: OnStage) -> Iterator[None]:
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.5):
-            on_progress(stage.name, stage.num_done(parts), stage.tasks)
+            on_stage(stage.name, stage.num_done(parts), stage.tasks)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -143,4 +114,4 @@ def _watched(stage: Stage, parts: Path, on_progress: Callable[[str, int, int], N
     finally:
         ended.set()
         thread.join()
-    on_progress(stage.name, stage.tasks, stage.tasks)
+    on_stage(stage.name, stage.tasks, stage.tasks)

@@ -4,8 +4,8 @@ Debian's slurmctld, slurmd, slurm-client and munge are enough: no systemd, no cg
 this machine, so limits of memory and cores are not enforced; GPUs are null devices, which only root can make.
 
 Known of SLURM 22.05: `--signal` is looked after every 30 s only, so send signals by `scancel --signal` where time
-counts; a requeued job waits 5 s, unless `scontrol update JobId=J StartTime=now`; a node is lost at once by `scontrol update
-NodeName=n2 State=down Reason=x`; names of nodes (n1, n2, ...) do not resolve.
+counts; a requeued job waits 5 s, unless `scontrol update JobId=J StartTime=now`; a node is lost at once by
+`scontrol update NodeName=n2 State=down Reason=x`; names of nodes (n1, n2, ...) do not resolve.
 """
 
 import contextlib
