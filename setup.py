@@ -24,6 +24,8 @@ setup(
         "fastokens>=0.3.5; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'",
         "protobuf",
         "numpy",
+        "orjson",
+        "zstandard>=0.22",
         "packaging",
         "pydantic>=2.10",
         "pyyaml",
@@ -34,12 +36,15 @@ setup(
         "gpu": ["triton>=3.6"],
         "flash": ["flash-attn>=2.1"],
         "logging": ["wandb", "tensorboard"],
-        # De-duplication and decontamination. datatrove's own extras bring far more; regex and xxhash it needs unsaid.
-        "data": ["datatrove==0.10.1", "regex", "xxhash"],
+        "data": [
+            "pyarrow>=15",
+            # De-duplication and decontamination. datatrove's own extras bring far more; regex and xxhash it needs unsaid.
+            *("datatrove==0.10.1", "regex", "xxhash"),
+        ],
         "bench": ["matplotlib", "liger-kernel"],
         "dev": [
             *("pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton>=3.6", "wandb", "tensorboard"),
-            *("matplotlib", "liger-kernel", "datatrove==0.10.1", "regex", "xxhash"),
+            *("matplotlib", "liger-kernel", "pyarrow>=15", "datatrove==0.10.1", "regex", "xxhash"),
         ],
     },
     entry_points={"console_scripts": ["megacode=megacode.cli:main"]},

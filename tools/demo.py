@@ -134,8 +134,7 @@ def _export(library: Path, run: Path, target: Path) -> dict[str, Any]:
     """The receipt of the export, comparing on every validation document."""
     from megacode.checkpoint.hf import RECEIPT
     from megacode.checkpoint.store import newest
-    from megacode.data.corpus import Corpus
-    from megacode.data.prepare import is_valid
+    from megacode.data.corpus import Corpus, is_valid
     from megacode.tools import convert
 
     checkpoint = newest(run)
@@ -144,7 +143,7 @@ def _export(library: Path, run: Path, target: Path) -> dict[str, Any]:
     if path.is_file() and path.stat().st_mtime > (checkpoint / "manifest.json").stat().st_mtime:
         print(f"{target} is there")
     else:
-        names = [document.name for document in Corpus([library], exclude=EXCLUDED).documents()]
+        names = [document.key for document in Corpus([library], exclude=tuple(EXCLUDED)).documents()]
         texts = [library / name for name in names if is_valid(name, VALID_FRACTION)]
         convert.to_hf(run, target, text=texts, force=True)
     return json.loads(path.read_text(encoding="utf-8"))

@@ -80,7 +80,7 @@ def prepare(
     corpus = Corpus(
         inputs,
         suffixes=tuple(suffix or ()),
-        exclude=tuple(EXCLUDE if exclude is None else exclude),
+        exclude=tuple(exclude or EXCLUDE),
         fields=Fields(text_field, language_field),
         filters=Filters(
             tuple(name.lower() for name in language or ()), min_bytes, max_bytes, code=filter == Rules.CODE
@@ -104,7 +104,7 @@ def _counts(facts: dict[str, Any]) -> str:
 
 @contextmanager
 def reading_bar(description: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the bytes of inputs, to be told how many more are read; silent where stdout is no terminal."""
+    """A progress bar over bytes of inputs, to be told how many more are read; silent where stdout is no terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from megacode.data.corpus import EXCLUDE, SUFFIXES, Corpus
-from megacode.tools.prepare import Excludes, Inputs, Suffixes, TextKey, reading_bar
+from megacode.data.corpus import EXCLUDE, Corpus, sum_bytes
+from megacode.data.readers import Fields
+from megacode.tools.prepare import Excludes, Inputs, Suffixes, TextField, reading_bar
 
 app = typer.Typer(help="Train a SentencePiece tokenizer with the infilling pieces, or check one.", no_args_is_help=True)
 
@@ -23,7 +24,7 @@ def train(
     ] = 1024,
     suffix: Suffixes = None,
     exclude: Excludes = None,
-    text_key: TextKey = "text",
+    text_field: TextField = "text",
 ) -> None:
     """Train a SentencePiece BPE model with byte fallback and Code Llama's sixteen rows behind it.
 
@@ -32,9 +33,10 @@ def train(
     from megacode.data.prepare import train_tokenizer
     from megacode.data.tokenizer import Tokenizer
 
-    corpus = Corpus(inputs, suffixes=suffix or SUFFIXES, exclude=exclude or EXCLUDE, text_key=text_key)
-    with reading_bar("Reading", corpus) as on_document:
-        train_tokenizer(corpus, output, pieces, max_bytes=max_mib << 20, on_document=on_document)
+    taken = tuple(suffix or ()), tuple(exclude or EXCLUDE)
+    corpus = Corpus(inputs, *taken, fields=Fields(text_field))
+    with reading_bar("Reading", sum(map(sum_bytes, corpus.plan()))) as on_bytes:
+        train_tokenizer(corpus, output, pieces, max_bytes=max_mib << 20, on_bytes=on_bytes)
     typer.echo(f"{output}: {Tokenizer(output).vocabulary:,} rows")
 
 

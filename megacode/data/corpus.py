@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,8 +97,8 @@ class Corpus:
     inputs: Sequence[str | Path]
     suffixes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = EXCLUDE
-    fields: Fields = Fields()
-    filters: Filters = Filters()
+    fields: Fields = field(default_factory=Fields)
+    filters: Filters = field(default_factory=Filters)
 
     @property
     def source(self) -> str:

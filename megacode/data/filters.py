@@ -1,9 +1,9 @@
-"""Which documents are left out for what they are: their language, their size, and rules for files that are not code.
+"""Which documents are left out for what they are: by language, by size, and by rules against what is not code.
 
-The rules are those of DeepSeek-Coder (Guo et al. 2024, arXiv 2401.14196, section 2.1), who took them over from StarCoder:
-lines of more than 100 characters on average or 1,000 at most, fewer than 25 % letters, an XML declaration in the first
-100 characters (but for XSLT), HTML with less than 20 % or 100 characters of visible text, JSON and YAML of fewer than 50
-or more than 5,000 characters. They kept a third of their raw data. A line's end does not count as a character of it.
+The rules are those of DeepSeek-Coder (Guo et al. 2024, arXiv 2401.14196, section 2.1), most of them StarCoder's. They
+leave out: lines of more than 100 characters on average or 1,000 at most; fewer than 25 % letters; an XML declaration in
+the first 100 characters (but for XSLT); HTML with less than 20 % or 100 characters of visible text; JSON and YAML of
+fewer than 50 or more than 5,000 characters. A third of their raw data was kept. A line's end is no character of it.
 """
 
 import functools
@@ -25,7 +25,7 @@ DATA_LANGUAGES, LEAST_DATA, MOST_DATA = ("json", "yaml"), 50, 5000
 
 _NOT_LETTERS = bytes(code for code in range(256) if not chr(code).isascii() or not chr(code).isalpha())
 _BLOCK = 1 << 20  # characters whose letters are counted in one piece
-# What a browser does not show. Each alternative reaches to its end or to that of the text, so that nothing is scanned twice.
+# What a browser does not show. Each alternative reaches to its end or the text's, so that nothing is scanned twice.
 _INVISIBLE = re.compile(
     r"<(?:(script|style)\b.*?(?:</\1\s*>|\Z)|!--.*?(?:-->|\Z)|[^>]*(?:>|\Z))", re.IGNORECASE | re.DOTALL
 )

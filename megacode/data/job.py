@@ -109,7 +109,7 @@ class Job:
             raise UserError(f"{path} cannot be understood; remove {folder} and prepare again") from None
 
     def start(self) -> "Job":
-        """Cut the inputs into units and write the job into its folder; or, where it stands there already, go on with it.
+        """Cut the inputs into units and write the job into its folder, or go on with it where it stands there already.
 
         Raises:
             UserError: the inputs cannot be read, or the folder holds parts of another job.
@@ -127,9 +127,7 @@ class Job:
                     sha256.update(line)
                     num_units, num_bytes = num_units + 1, num_bytes + sum_bytes(first)
                     first = next(units, None)
-            job = dataclasses.replace(
-                self, num_units=num_units, num_bytes=num_bytes, units_sha256=sha256.hexdigest()
-            )
+            job = dataclasses.replace(self, num_units=num_units, num_bytes=num_bytes, units_sha256=sha256.hexdigest())
             if (self.folder / _JOB).exists():
                 _same(Job.load(self.folder), job)
             else:

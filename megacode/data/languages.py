@@ -1,4 +1,4 @@
-"""Which language a file is written in, by the end of its name. Languages have GitHub Linguist's names, in lower case."""
+"""Which language a file is in, by the end of its name. Languages have GitHub Linguist's names, in lower case."""
 
 from pathlib import PurePosixPath
 

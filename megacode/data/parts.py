@@ -93,11 +93,13 @@ def merge(job: Job) -> dict[str, dict[str, Any]]:
     return {side: writer.facts for side, writer in writers.items()}
 
 
-def frame(text: str, segments: Segments | None, tokenizer: Tokenizer) -> tuple[NDArray[np.int32], list[tuple[int, int]]]:
+def frame(
+    text: str, segments: Segments | None, tokenizer: Tokenizer
+) -> tuple[NDArray[np.int32], list[tuple[int, int]]]:
     """A document's ids, BOS and EOS included, and the spans of them that are not to be learned.
 
-    Segments are encoded each by itself, the first one as a document's beginning. BOS is of the first segment, and EOS of
-    the last.
+    Segments are encoded each by itself, the first one as a document's beginning. BOS is of the first segment, EOS of
+    the last one.
     """
     if segments is None:
         parts = [tokenizer.encode_array(text)]
@@ -210,7 +212,7 @@ def _refuse_empty(job: Job, writers: dict[str, ShardWriter], rejected: Counter[s
 
 
 def _merge_rejects(job: Job, file: BinaryIO) -> Counter[str]:
-    """Join the lists of rejects; the line numbers of a file that several units read are counted on. Counts by reason."""
+    """Join the lists of rejects, and count them by reason. Line numbers go on where several units read one file."""
     rejected: Counter[str] = Counter()
     before = 0  # lines of the file that earlier units have read
     for unit in range(job.num_units):

@@ -82,8 +82,8 @@ class _Worker:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
         return (
-            f"a worker {how}{why} in unit {self.unit}; give the same command again, with fewer --workers where memory is "
-            "short: it goes on from the finished parts"
+            f"a worker {how}{why} in unit {self.unit}; give the same command again (with fewer --workers where memory "
+            "is short): it goes on from the finished parts"
         )
 
 

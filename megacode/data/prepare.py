@@ -44,8 +44,8 @@ def plan(
         tokenizer: The tokenizer's file; its hash goes into PREFIX.json.
         output: Prefix of the training shard.
         valid: Prefix of the validation shard; left out, there is none.
-        valid_fraction: Share of the documents that go there, chosen by a hash of the document's key: a file stays on its
-            side when others come or go.
+        valid_fraction: Share of the documents that go there, chosen by a hash of the document's key: a file stays on
+            its side when others come or go.
         dedup: Leave out duplicates: `exact`, or `near` (which includes exact).
         decontaminate: Benchmark files; documents that hold text of them are left out.
 

@@ -42,7 +42,7 @@ class Content(NamedTuple):
     language: str | None = None
 
 
-class Fault(Exception):  # noqa: N818: it is what is wrong with one record, mostly not raised
+class Fault(Exception):  # noqa: N818 (it is what is wrong with one record)
     """Why a record is no document, in a few words that are the same for all of their kind."""
 
     @property
@@ -167,7 +167,7 @@ def parquet_groups(path: Path) -> list[int]:
 
 
 def _seek_line(file: BinaryIO, start: int, stop: int) -> bool:
-    """Go to the first line that begins in bytes start..stop-1; False where there is none. Reads no further than it must."""
+    """Go to the first line that begins in bytes start..stop-1; False where there is none. Reads no further."""
     file.seek(start - 1)
     while (place := file.tell()) < stop and (data := file.read(_CHUNK_BYTES)):
         if (found := data.find(b"\n")) >= 0:
@@ -187,7 +187,7 @@ def _of_line(line: bytes, fields: Fields) -> Content:
 
 
 def _second_try(line: bytes) -> Any:
-    """What Python's own reader makes of a line that orjson refuses: it knows NaN, deep nesting and half surrogate pairs."""
+    """What Python's own reader makes of a line that orjson refuses: it knows NaN and half surrogate pairs."""
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -206,16 +206,19 @@ def _content(value: Any, language: Any, fields: Fields) -> Content:
 
 def _segments(value: Any, fields: Fields) -> Segments:
     parts = value if isinstance(value, list) else [None]
-    pairs = [(part.get("text"), part.get("loss")) if isinstance(part, dict) else (None, None) for part in parts]
-    if not all(isinstance(text, str) and isinstance(loss, bool) for text, loss in pairs):
-        raise Fault(f"the field {fields.text!r} is neither text nor a list of segments")
-    if not any(loss for _, loss in pairs):
+    segments: list[tuple[str, bool]] = []
+    for part in parts:
+        text, loss = (part.get("text"), part.get("loss")) if isinstance(part, dict) else (None, None)
+        if not isinstance(text, str) or not isinstance(loss, bool):
+            raise Fault(f"the field {fields.text!r} is neither text nor a list of segments")
+        segments.append((text, loss))
+    if not any(loss for _, loss in segments):
         raise Fault("no segment is to be learned")
-    return tuple(pairs)
+    return tuple(segments)
 
 
 def _column(batch: Any, name: str | None) -> list[Any]:
-    """For each row of a batch, what gives its value of a column; strings as they are decoded here, for they may be none."""
+    """For each row of a batch, what gives its value of a column. Strings are decoded here: they may be no UTF-8."""
     import pyarrow
 
     if name is None:

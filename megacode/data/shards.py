@@ -5,9 +5,9 @@ then tokens per sequence (int32), byte offset of each sequence in PREFIX.bin (in
 number of the first sequence of each document, and at the end the number of sequences). Here one document is one
 sequence. PREFIX.bin is the tokens alone. Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 
-PREFIX.json: `tokenizer_sha256`, `vocabulary`, `source`, `num_documents`, `num_tokens`, `checksums` (number of bytes and
-sha256 of each of the consecutive stretches that make up PREFIX.bin, 64 MiB at most), `bin_sha256` (the shard's identity:
-sha256 of their hex digests one behind the other), and what the writer was told besides.
+PREFIX.json: `tokenizer_sha256`, `vocabulary`, `source`, `num_documents`, `num_tokens`, `bin_sha256` (the shard's
+identity: sha256 of the hex digests of `checksums`, one behind the other), `checksums` (bytes and sha256 of each of the
+consecutive stretches that make up PREFIX.bin, 64 MiB at most), and what the writer was told besides.
 """
 
 import bisect
@@ -81,7 +81,7 @@ class ShardWriter:
         assert array.ndim == 1
         assert array.size > 0, "an empty document has no place in a shard"
         assert 0 <= int(array.min()) <= int(array.max()) < self.vocabulary
-        data = memoryview(array.astype(self._dtype)).cast("B")
+        data = array.astype(self._dtype).data.cast("B")
         self._bin.write(data)
         for start in range(0, len(data), STRETCH_BYTES):
             self._checksum(data[start : start + STRETCH_BYTES])
@@ -90,7 +90,7 @@ class ShardWriter:
         self.num_tokens += array.size
 
     def add_shard(self, prefix: str | Path) -> "Shards":
-        """Append all documents of another shard of the same vocabulary, and its checksums, without reading its tokens."""
+        """Append all documents of another shard of the same vocabulary, with its checksums; its tokens aren't read."""
         shards = Shards(prefix)
         assert shards.vocabulary == self.vocabulary
         self._close_stretch()
@@ -252,7 +252,7 @@ class Shards:
         return found
 
     def verify(self, vocabulary: int | None = None, on_bytes: Callable[[int], None] = lambda count: None) -> None:
-        """Read everything: the index must be consistent, ids rows of the vocabulary, the tokens those that were written.
+        """Read everything: the index must be consistent, ids rows of the vocabulary, tokens those that were written.
 
         Args:
             vocabulary: Rows of the tokenizer, for files without PREFIX.json.
@@ -286,7 +286,9 @@ class Shards:
             self._compare(sizes_bytes, np.maximum(sizes_bytes, 0), HEADER.size + 4 * start, 4, "a negative length")
             ends = offset + np.cumsum(sizes_bytes)
             found = self._offsets_bytes[start:stop]
-            self._compare(found, ends - sizes_bytes, self._offset_place(start), 8, "an offset that is not the sum of the lengths")
+            self._compare(
+                found, ends - sizes_bytes, self._offset_place(start), 8, "an offset that is not the sum of the lengths"
+            )
             offset = int(ends[-1])
             on_bytes(12 * len(ends))
         for start in range(0, self.num_documents + 1, _BLOCK):

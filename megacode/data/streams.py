@@ -41,9 +41,9 @@ def chunks(file: BinaryIO, name: str, on_bytes: OnBytes) -> Iterator[bytes]:
 
 
 def lines(blocks: Iterator[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """The lines of chunks: where each begins, and its bytes without the line end; None where they are more than `limit`.
+    """The lines of chunks: where each begins, and its bytes without the line end.
 
-    At most `limit` bytes and two chunks are held.
+    None stands for the bytes where they are more than `limit`. At most so many, and two chunks, are held.
     """
     start = size = 0  # of the line that has begun
     begun: list[bytes] = []
@@ -91,4 +91,3 @@ def _unzstd(file: BinaryIO, on_bytes: OnBytes) -> Iterator[bytes]:
     # Not the library's own reader of streams: that one takes the end of a truncated file for the end of the data.
     if frame is not None:
         raise zstandard.ZstdError("it ends in the middle")
-

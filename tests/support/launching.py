@@ -14,8 +14,7 @@ from pathlib import Path
 import yaml
 
 from megacode.data.corpus import Corpus
-from megacode.data.prepare import prepare
-from megacode.data.tokenizer import Tokenizer
+from megacode.data.prepare import plan, prepare
 from support.exports import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +37,8 @@ def write_recipe(folder: Path) -> Path:
     """A nano recipe on a corpus of one package; four processes, PP2 x DP2."""
     tokenizer = train_tokenizer(folder / "tokenizer.model")
     sources = [Path(json.__file__).parent, write_functions(folder / "functions.jsonl")]
-    prepare(Corpus(sources), Tokenizer(tokenizer), folder / "train", valid=folder / "valid", valid_fraction=0.4)
+    job = plan(Corpus(sources), tokenizer, folder / "train", valid=folder / "valid", valid_fraction=0.4)
+    prepare(job, workers=1)
     values = {
         "run": str(folder / "run"),
         "precision": "fp32",
