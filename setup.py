@@ -38,7 +38,7 @@ setup(
         "logging": ["wandb", "tensorboard"],
         "data": [
             "pyarrow>=15",
-            # De-duplication and decontamination. datatrove's own extras bring far more; regex and xxhash it needs unsaid.
+            # De-duplication and decontamination. datatrove's extras bring far more; regex and xxhash it needs unsaid.
             *("datatrove==0.10.1", "regex", "xxhash"),
         ],
         "bench": ["matplotlib", "liger-kernel"],

@@ -13,6 +13,7 @@ from megacode.data.corpus import EXCLUDE, SUFFIXES, Corpus
 from megacode.data.filters import MAX_DOCUMENT_BYTES, Filters
 from megacode.data.readers import Fields
 from megacode.errors import UserError
+from megacode.tools.executors import Duplicates, Executor, check_executor, on_cluster, on_this_machine
 
 VALID_FRACTION = 0.05
 
@@ -64,7 +65,24 @@ def prepare(
     max_bytes: Annotated[
         int, typer.Option(min=1, max=MAX_DOCUMENT_BYTES, help="Leave out larger documents.")
     ] = MAX_DOCUMENT_BYTES,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; left out, one for each core.")] = None,
+    dedup: Annotated[
+        Duplicates | None,
+        typer.Option(help="Leave out all but the first of equal documents, or also of nearly equal ones (MinHash)."),
+    ] = None,
+    decontaminate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Leave out documents with text of this benchmark (.jsonl, .parquet or text); repeatable."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes, one for each core if left out; tasks at once on SLURM.")
+    ] = None,
+    executor: Annotated[
+        Executor, typer.Option(help="Work on this machine, or in jobs that are sent.")
+    ] = Executor.LOCAL,
+    partition: Annotated[str | None, typer.Option(help="SLURM's partition, if not the default one.")] = None,
+    time: Annotated[str | None, typer.Option(help="SLURM's time limit of a task, as for sbatch.")] = None,
+    memory_gb: Annotated[int | None, typer.Option(min=1, help="Memory of a task on SLURM; left out, 4.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end of jobs on SLURM.")] = False,
 ) -> None:
     """Turn source files into shards that training reads.
 
@@ -73,8 +91,8 @@ def prepare(
     Example: megacode prepare src/ --tokenizer tokenizer.model --output data/train --valid data/valid
     """
     from megacode.data.prepare import plan
-    from megacode.data.prepare import prepare as prepare_shards
 
+    check_executor(executor, {"--partition": partition, "--time": time, "--memory-gb": memory_gb, "--wait": wait})
     if valid is None and valid_fraction is not None:
         raise UserError("--valid-fraction needs --valid PREFIX, where these documents go")
     corpus = Corpus(
@@ -87,9 +105,14 @@ def prepare(
         ),
     )
     fraction = VALID_FRACTION if valid_fraction is None else valid_fraction
-    job = plan(corpus, tokenizer, output, valid=valid, valid_fraction=fraction)
-    with reading_bar("Tokenizing", job.num_bytes) as on_bytes:
-        summary = prepare_shards(job, workers, on_bytes)
+    left_out = {"dedup": None if dedup is None else str(dedup), "decontaminate": decontaminate or ()}
+    job = plan(corpus, tokenizer, output, valid=valid, valid_fraction=fraction, **left_out)
+    if executor == Executor.SLURM:
+        summary = on_cluster(job, partition, time, memory_gb, workers, wait)
+    else:
+        summary = on_this_machine(job, workers)
+    if summary is None:
+        return
     for side, prefix in (("train", output), ("valid", valid)):
         if prefix is not None:
             typer.echo(f"{prefix}: {_counts(summary[side])}")
