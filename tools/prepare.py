@@ -76,9 +76,7 @@ def prepare(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes, one for each core if left out; tasks at once on SLURM.")
     ] = None,
-    executor: Annotated[
-        Executor, typer.Option(help="Work on this machine, or in jobs that are sent.")
-    ] = Executor.LOCAL,
+    executor: Annotated[Executor, typer.Option(help="Work here, or send jobs to a cluster.")] = Executor.LOCAL,
     partition: Annotated[str | None, typer.Option(help="SLURM's partition, if not the default one.")] = None,
     time: Annotated[str | None, typer.Option(help="SLURM's time limit of a task, as for sbatch.")] = None,
     memory_gb: Annotated[int | None, typer.Option(min=1, help="Memory of a task on SLURM; left out, 4.")] = None,
@@ -105,8 +103,13 @@ def prepare(
         ),
     )
     fraction = VALID_FRACTION if valid_fraction is None else valid_fraction
-    left_out = {"dedup": None if dedup is None else str(dedup), "decontaminate": decontaminate or ()}
-    job = plan(corpus, tokenizer, output, valid=valid, valid_fraction=fraction, **left_out)
+    job = plan(
+        *(corpus, tokenizer, output),
+        valid=valid,
+        valid_fraction=fraction,
+        dedup=dedup,
+        decontaminate=decontaminate or (),
+    )
     if executor == Executor.SLURM:
         summary = on_cluster(job, partition, time, memory_gb, workers, wait)
     else:

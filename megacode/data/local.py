@@ -4,6 +4,7 @@ import contextlib
 import io
 import multiprocessing
 import signal
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -16,33 +17,44 @@ from megacode.errors import UserError
 AGAIN = "mend it and start the same command again: what is done stays"
 
 
+@contextlib.contextmanager
+def pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes for `LocalExecutor`, started when there are tasks for them; none for one worker."""
+    if workers == 1:
+        yield None
+        return
+    context = multiprocessing.get_context("spawn")
+    # Ctrl-C is for this process; the others end what they are at and go.
+    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as processes:
+        try:
+            yield processes
+        finally:
+            processes.shutdown(cancel_futures=True)
+
+
 class LocalExecutor(LocalPipelineExecutor):
-    """Runs what is not done of `tasks` tasks in so many processes; their logs go to `folder` only.
+    """Runs what is not done of `tasks` tasks; their logs go to `folder` only.
 
     datatrove's own pool waits for ever when one of its processes is killed, as it is where memory runs out.
     """
 
-    def __init__(self, name: str, steps: list[PipelineStep], tasks: int, workers: int, folder: Path) -> None:
-        super().__init__(steps, tasks=tasks, workers=workers, logging_dir=str(folder))
+    def __init__(self, name: str, steps: list[PipelineStep], tasks: int, folder: Path) -> None:
+        super().__init__(steps, tasks=tasks, logging_dir=str(folder))
         self.name, self.folder = name, folder
 
-    def run(self) -> None:
-        """Raises: UserError where an input is not as it should be, or a task failed: which one, and its log."""
+    def run_in(self, processes: ProcessPoolExecutor | None) -> None:
+        """Run in a `pool`. Raises: UserError where an input is not as it should be, or a task failed: which, why."""
         ranks = self.get_incomplete_ranks()
-        if self.workers == 1:
+        if processes is None or self.tasks == 1:
             for rank in ranks:
                 self.task(rank)
             return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-            try:
-                done, _ = wait([pool.submit(self.task, rank) for rank in ranks], return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            except BrokenProcessPool:
-                raise UserError(f"a process of the stage {self.name} was killed (no memory left?); {AGAIN}") from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+        try:
+            done, _ = wait([processes.submit(self.task, rank) for rank in ranks], return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BrokenProcessPool:
+            raise UserError(f"a process of the stage {self.name} was killed (no memory left?); {AGAIN}") from None
 
     def task(self, rank: int) -> None:
         """Run one task."""
@@ -52,8 +64,7 @@ class LocalExecutor(LocalPipelineExecutor):
             except UserError:
                 raise
             except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
                 log = self.folder / "logs" / f"task_{rank:05d}.log"
-                kind = type(error).__name__
-                raise UserError(
-                    f"task {rank} of the stage {self.name} failed ({kind}: {error}), see {log}; {AGAIN}"
-                ) from error
+                what = f"task {rank} of the stage {self.name} failed ({reason}); its log is {log}"
+                raise UserError(f"{what}; {AGAIN}") from error

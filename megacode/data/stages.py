@@ -90,13 +90,15 @@ def run_local(stages: list[Stage], parts: Path, workers: int, on_stage: OnStage)
     Raises:
         UserError: an input is not as it should be, or a task failed: which one and where its log is.
     """
-    for stage in stages:
-        if missing := stage.missing(parts):
-            from megacode.data.local import LocalExecutor
+    undone = [stage for stage in stages if stage.missing(parts)]
+    if not undone:
+        return
+    from megacode.data.local import LocalExecutor, pool
 
-            folder = stage.folder(parts)
+    with pool(min(workers, max(len(stage.missing(parts)) for stage in undone))) as processes:
+        for stage in undone:
             with _watched(stage, parts, on_stage):
-                LocalExecutor(stage.name, stage.steps, stage.tasks, min(workers, len(missing)), folder).run()
+                LocalExecutor(stage.name, stage.steps, stage.tasks, stage.folder(parts)).run_in(processes)
 
 
 @contextlib.contextmanager
