@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from megacode.data.stages import EXACT, NEAR, OnStage, check_installed
+from megacode.data.stages import BENCHMARKS, EXACT, NEAR, OnStage, check_installed
 from megacode.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +51,14 @@ def check_executor(executor: Executor, slurm_options: Mapping[str, object]) -> N
         from megacode.data.slurm import check
 
         check()
+
+
+def tell_skipped(job: Job) -> None:
+    """Say how many texts of benchmarks are not looked for."""
+    from megacode.data.decontaminate import SHORTEST, Index
+
+    if num := Index.load(job.folder / BENCHMARKS).num_skipped:
+        typer.echo(f"{num:,} texts of benchmarks are not looked for: under {SHORTEST} words, or only numbers")
 
 
 def on_this_machine(job: Job, workers: int | None) -> Summary:

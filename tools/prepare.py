@@ -13,7 +13,7 @@ from megacode.data.corpus import EXCLUDE, SUFFIXES, Corpus
 from megacode.data.filters import MAX_DOCUMENT_BYTES, Filters
 from megacode.data.readers import Fields
 from megacode.errors import UserError
-from megacode.tools.executors import Duplicates, Executor, check_executor, on_cluster, on_this_machine
+from megacode.tools.executors import Duplicates, Executor, check_executor, on_cluster, on_this_machine, tell_skipped
 
 VALID_FRACTION = 0.05
 
@@ -110,6 +110,8 @@ def prepare(
         dedup=dedup,
         decontaminate=decontaminate or (),
     )
+    if decontaminate:
+        tell_skipped(job)
     if executor == Executor.SLURM:
         summary = on_cluster(job, partition, time, memory_gb, workers, wait)
     else:

@@ -70,14 +70,15 @@ class Index:
         path = Path(path)
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, names=np.array(self.names), **arrays)
+            np.savez(file, allow_pickle=False, names=np.array(self.names), skipped=self.num_skipped, **arrays)
         partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Index":
         with np.load(path, allow_pickle=False) as file:
             lengths = sorted(int(key[1:]) for key in file.files if key[0] == "h")
-            return cls(file["names"].tolist(), {n: (file[f"h{n}"], file[f"b{n}"]) for n in lengths})
+            grams = {n: (file[f"h{n}"], file[f"b{n}"]) for n in lengths}
+            return cls(file["names"].tolist(), grams, int(file["skipped"]))
 
     def find(self, text: str) -> tuple[str, str] | None:
         """The first run of a document that stands in a benchmark too: the benchmark's name and the words."""
