@@ -12,15 +12,15 @@ from megacode.errors import UserError
 
 HUMANEVAL = {
     "task_id": "HumanEval/0",
-    "prompt": 'from typing import List\n\n\ndef close(numbers: List[float]) -> bool:\n    """ Check if in given list of '
-    'numbers, are any two closer to each other than half."""\n',
+    "prompt": "from typing import List\n\n\ndef close(numbers: List[float]) -> bool:\n"
+    '    """ Check if in given list of numbers, are any two closer to each other than half."""\n',
     "canonical_solution": "    return any(abs(a - b) < 0.5 for i, a in enumerate(numbers) for b in numbers[i + 1:])\n",
-    "test": "def check(candidate):\n    assert candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2, 7.1, 9.9, 0.3, 6.25]) == True\n",
+    "test": "def check(candidate):\n    assert candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2, 7.1, 9.9, 0.3, 6.25])\n",
 }
 MBPP = {
     "task_id": 11,
     "text": "Write a python function to remove first and last occurrence of a given character from the string.",
-    "code": "def remove_Occ(s, ch):\n    for i in range(len(s)):\n        if s[i] == ch:\n            break\n    return s\n",
+    "code": "def remove_Occ(s, ch):\n    for i in range(len(s)):\n        if s[i] == ch:\n            break\n",
     "test_list": ['assert remove_Occ("hello","l") == "heo"', 'assert remove_Occ("abcda","a") == "bcd"'],
 }
 
@@ -48,7 +48,6 @@ def index(tmp_path):
         ("sum = 0\nsum_it(up)  # Sum it up", "short.jsonl"),
         # Nine words of a longer text are too few.
         ("check if in given list of numbers are any", None),
-        (HUMANEVAL["canonical_solution"].replace("numbers", "values"), None),
         # Ten words, of which half or more are numbers.
         ("[1.0, 2.0, 3.9, 4.0, 5.0, 2.2, 7.1, 9.9, 0.3, 6.25]", None),
         # Words that come one behind the other only where imports are left out of the benchmark.
@@ -72,7 +71,7 @@ def test_files_that_are_not_benchmarks(tmp_path):
     bad = {
         "a.jsonl": (
             '{"prompt": "x"}\n{"body": "x"}\n',
-            r"a\.jsonl:2 has no text in any of the fields prompt, .*rename",
+            r"a\.jsonl:2 has no text in any of the fields prompt,",
         ),
         "b.jsonl": ("{\n", r"b\.jsonl:1 is not JSON"),
         "c.jsonl": ('{"prompt": 1}\n', r"c\.jsonl:1 has no text"),
