@@ -3,6 +3,7 @@
 What is wrong with a record is a `Fault`, and reading goes on; what is wrong with a file is a UserError.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -121,49 +122,50 @@ def json_lines(
 
 def parquet(path: Path, first_group: int, stop_group: int, fields: Fields) -> Iterator[Record]:
     """The rows of some row groups, read page by page."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
     names = [name for name in (fields.text, fields.language) if name is not None]
-    try:
-        with ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK_BYTES) as file:
-            for name in names:
-                if name not in file.schema_arrow.names:
-                    option = "--text-field" if name == fields.text else "--language-field"
-                    raise UserError(f"{path} has no column {name!r}; name another with {option}")
-            row = sum(file.metadata.row_group(group).num_rows for group in range(first_group))
-            groups = list(range(first_group, stop_group))
-            batches = file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=names, use_threads=False)
-            for batch in batches:
-                texts, languages = (_column(batch, name) for name in (fields.text, fields.language))
-                for text, language in zip(texts, languages, strict=True):
-                    try:
-                        content: Content | Fault = _content(text(), language(), fields)
-                    except Fault as fault:
-                        content = fault
-                    yield Record(row + 1, row, content)
-                    row += 1
-    except (ArrowException, OSError) as error:
-        raise _not_parquet(path, error) from None
+    with _parquet_file(path) as file:
+        for name in names:
+            if name not in file.schema_arrow.names:
+                option = "--text-field" if name == fields.text else "--language-field"
+                raise UserError(f"{path} has no column {name!r}; name another with {option}")
+        row = sum(file.metadata.row_group(group).num_rows for group in range(first_group))
+        groups = list(range(first_group, stop_group))
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
+            for text, language in zip(_column(batch, fields.text), _column(batch, fields.language), strict=True):
+                try:
+                    content: Content | Fault = _content(text(), language(), fields)
+                except Fault as fault:
+                    content = fault
+                yield Record(row + 1, row, content)
+                row += 1
 
 
 def parquet_groups(path: Path) -> list[int]:
-    """Bytes of each row group of a Parquet file.
+    """Bytes of each row group of a Parquet file, unpacked.
 
     Raises:
         UserError: it is none, or pyarrow is missing.
     """
+    with _parquet_file(path) as file:
+        # Not the sizes of columns: asked for those, pyarrow 26 ends the process on some damaged files.
+        return [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+
+
+@contextlib.contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs pyarrow; pip install 'megacode[data]'") from None
     try:
-        with ParquetFile(path) as file:
-            groups = (file.metadata.row_group(group) for group in range(file.num_row_groups))
-            return [sum(g.column(i).total_compressed_size for i in range(g.num_columns)) for g in groups]
-    except (ArrowException, OSError) as error:
-        raise _not_parquet(path, error) from None
+        with ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK_BYTES) as file:
+            yield file
+    except UserError:
+        raise
+    except (ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8, and the like
+        said = " ".join(str(error).split())
+        raise UserError(f"cannot read {path} as Parquet: {said}; fetch it again or leave it out") from None
 
 
 def _seek_line(file: BinaryIO, start: int, stop: int) -> bool:
@@ -238,7 +240,3 @@ def _value(scalar: Any) -> Any:
         return value.decode("utf-8") if isinstance(value, bytes) else value
     except UnicodeDecodeError:
         raise Fault("not UTF-8") from None
-
-
-def _not_parquet(path: Path, error: Exception) -> UserError:
-    return UserError(f"cannot read {path} as Parquet: {' '.join(str(error).split())}; fetch it again or leave it out")

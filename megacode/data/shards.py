@@ -403,13 +403,15 @@ class Shards:
         try:
             facts = orjson.loads(data)
             counts = facts["num_documents"], facts["num_tokens"]
-            num_bytes = sum(size for size, digest in facts["checksums"] if isinstance(digest, str) and size > 0)
-            strings = facts["bin_sha256"], facts["tokenizer_sha256"], facts["source"]
-            if not all(isinstance(value, str) for value in strings) or not isinstance(facts["vocabulary"], int):
-                raise TypeError
+            sizes = [int.__index__(size) for size, _ in facts["checksums"]]
+            words = [facts["bin_sha256"], facts["tokenizer_sha256"], *(digest for _, digest in facts["checksums"])]
+            if not (
+                all(isinstance(word, str) for word in words) and min([*sizes, int.__index__(facts["vocabulary"])]) > 0
+            ):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} cannot be understood; prepare the shard again") from None
-        if counts != (self.num_documents, self.num_tokens) or num_bytes != self.num_tokens * self.itemsize:
+        if counts != (self.num_documents, self.num_tokens) or sum(sizes) != self.num_tokens * self.itemsize:
             raise UserError(f"{path} counts other documents or tokens than {self._idx_path}; prepare the shard again")
         return facts
 

@@ -1,18 +1,31 @@
-"""megacode.data.corpus and prepare, and the commands over them."""
+"""megacode.data.job, parts, pool and prepare, and the commands over them."""
 
 import gzip
 import inspect
 import json
+import multiprocessing
 import os
+import resource
+import signal
+import subprocess
+import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from megacode.data.corpus import Corpus
-from megacode.data.prepare import prepare, train_tokenizer
+from megacode.data import corpus as corpus_module
+from megacode.data import parts, pool
+from megacode.data.corpus import Corpus, is_valid
+from megacode.data.filters import Filters
+from megacode.data.job import Job, documents
+from megacode.data.parts import frame, merge, run_unit
+from megacode.data.prepare import plan, prepare, train_tokenizer
 from megacode.data.shards import Shards
+from megacode.data.spans import Spans
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.tools import prepare as prepare_tool
@@ -43,156 +56,323 @@ def texts(prefix, tokenizer):
     return [tokenizer.decode(ids[1:-1]) for ids in documents]
 
 
-TREE = {
-    "a.py": "a = 1\r\n",
-    "deep/b.py": "\tb = '<s>'\n",
-    "c.c": "int c;",
-    "bad.py": b"\xff\xfe",
-    "blank.py": " \n",
-    "empty.py": "",
-    "tests/t.py": "test",
-    "deep/__pycache__/x.py": "cache",
-    "mine/m.py": "mine",
-}
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_tree_becomes_documents(tmp_path, tokenizer):
-    corpus = Corpus([write(tmp_path / "tree", TREE)])
-    calls = []
-    summary = prepare(
-        corpus, tokenizer, tmp_path / "out" / "s", on_document=lambda: calls.append(corpus.num_bytes_read)
-    )
-    assert sorted(texts(tmp_path / "out" / "s", tokenizer)) == ["\tb = '<s>'\n", "a = 1\r\n", "mine"]
-    assert (summary.num_documents, summary.num_undecodable, summary.num_empty) == (3, 1, 2)
-    assert summary.num_tokens == Shards(tmp_path / "out" / "s").num_tokens
-    assert (summary.num_valid_documents, summary.num_valid_tokens) == (0, 0)
-    assert calls == sorted(calls)
-    assert (
-        corpus.num_bytes_read
-        == corpus.num_bytes
-        == sum(
-            len(content)
-            for name, content in TREE.items()
-            if name.endswith(".py") and "test" not in name and "_" not in name
-        )
-    )
+def rejects(prefix):
+    return [json.loads(line) for line in Path(f"{prefix}.rejects.jsonl").read_text().splitlines()]
+
+
+NUM_UNITS = 9
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """Folder, JSON lines and a packed file, which come to nine units."""
+    monkeypatch.setattr(corpus_module, "UNIT_BYTES", 300)
+    write(tmp_path / "tree", {f"{i}.py": f"x = {i}\n" * 9 for i in range(10)} | {"bad.py": b"\xff"})
+    lines = [json.dumps({"text": f"# line {i}\n" * (i % 3), "lang": "Python"}) for i in range(40)]
+    lines[30] = "{"
+    write(tmp_path, {"d.jsonl": "\n".join(lines), "e.jsonl.gz": gzip.compress(b'{"text": "packed"}\n')})
+    return [tmp_path / name for name in ("tree", "d.jsonl", "e.jsonl.gz")]
+
+
+def test_documents_become_shards(tmp_path, inputs, tokenizer):
+    job = plan(Corpus(inputs), tokenizer.path, tmp_path / "out" / "s")
+    assert job.num_units == NUM_UNITS
+    told = []
+    summary = prepare(job, 1, told.append)
+    names = {f"x = {i}\n" * 9 for i in range(10)} | {f"# line {i}\n" * (i % 3) for i in range(40) if i % 3 and i != 30}
+    assert sorted(texts(tmp_path / "out" / "s", tokenizer)) == sorted([*names, "packed"])
+    assert sum(told) == job.num_bytes == sum(path.stat().st_size for path in [*inputs[0].iterdir(), *inputs[1:]])
+    empty = [{"document": "d.jsonl", "line": i + 1, "reason": "empty"} for i in range(0, 40, 3) if i != 30]
+    bad = [
+        {"document": "bad.py", "reason": "not UTF-8"},
+        {"document": "d.jsonl", "line": 31, "reason": "not JSON"},
+    ]
+    assert sorted(rejects(tmp_path / "out" / "s"), key=str) == sorted([*empty, *bad], key=str)
     facts = json.loads((tmp_path / "out" / "s.json").read_text())
-    assert facts["tokenizer_sha256"] == tokenizer.sha256
-    assert "tree" in facts["source"]
+    assert facts == json.loads(json.dumps(summary["train"]))
+    assert facts["rejected"] == {"empty": 13, "not JSON": 1, "not UTF-8": 1}
+    assert (facts["tokenizer_sha256"], facts["engine"]) == (tokenizer.sha256, tokenizer.engine.name)
+    assert set(facts["languages"]) == {"python", "unknown"}
+    assert facts["languages"]["python"]["documents"] == 10
+    assert facts["languages"]["python"]["bytes"] == 10 * 9 * 6
+    assert sum(counts["tokens"] for counts in facts["languages"].values()) == facts["num_tokens"]
+    assert len(facts["checksums"]) == NUM_UNITS
+    assert set(files(tmp_path / "out")) == {"s.bin", "s.idx", "s.json", "s.rejects.jsonl"}
 
 
-def test_suffixes_and_excluded_folders(tmp_path):
-    tree = write(tmp_path / "tree", TREE)
-    documents = Corpus([tree], suffixes=[".py", ".c"], exclude=["mine", "deep"]).documents()
-    assert {document.name for document in documents} == {"a.py", "c.c", "tests/t.py"}
+def test_nothing_left_out_leaves_no_list(tmp_path, tokenizer):
+    prepare(plan(Corpus([write(tmp_path / "tree", {"a.py": "a"})]), tokenizer.path, tmp_path / "out" / "s"))
+    assert set(files(tmp_path / "out")) == {"s.bin", "s.idx", "s.json"}
 
 
-def test_the_order_is_a_shuffle_by_name(tmp_path):
-    files = {f"f{i:02}.py": str(i) for i in range(50)}
-    names = [document.name for document in Corpus([write(tmp_path / "one", files)]).documents()]
-    moved = [document.name for document in Corpus([write(tmp_path / "two", dict(reversed(files.items())))]).documents()]
-    assert names == moved
-    assert sorted(names) == sorted(files)
-    assert names != sorted(names)
-    fewer = {name: files[name] for name in list(files)[::2]}
-    rest = [document.name for document in Corpus([write(tmp_path / "three", fewer)]).documents()]
-    assert rest == [name for name in names if name in fewer]
+def test_bytes_do_not_depend_on_workers_or_interruptions(tmp_path, inputs, tokenizer):
+    def start(name):
+        return plan(
+            Corpus(inputs), tokenizer.path, tmp_path / name / "s", valid=tmp_path / name / "v", valid_fraction=0.4
+        )
+
+    prepare(start("one"), 1)
+    prepare(start("two"), 2)
+    job = start("resumed")
+    for unit in (5, 2):
+        run_unit(job, unit)
+    made = {unit: (job.part(unit) / "train.bin").stat().st_ino for unit in (5, 2)}
+    write(job.folder, {"000003.dead.tmp/train.bin.1.tmp": b"half"})
+    again = start("resumed")
+    assert again == job
+    inodes = {}
+    run = parts.run_unit
+
+    def watched(job, unit, on_bytes):
+        run(job, unit, on_bytes)
+        inodes[unit] = (job.part(unit) / "train.bin").stat().st_ino
+
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "run_unit", watched)
+        prepare(again, 1, told.append)
+    assert {unit: inodes[unit] for unit in made} == made, "finished parts are not made again"
+    assert sum(told) == job.num_bytes
+    assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "resumed")
+    assert len(files(tmp_path / "one")) == 7
 
 
-def test_links_in_folders_are_left_alone(tmp_path):
-    tree = write(tmp_path / "tree", {"a.py": "a"})
-    os.symlink(tree / "a.py", tree / "b.py")
-    os.symlink(tmp_path / "absent", tree / "c.py")
-    os.symlink(tree, tree / "loop")
-    assert [document.name for document in Corpus([tree]).documents()] == ["a.py"]
+def test_a_merge_that_was_interrupted_is_done_again(tmp_path, inputs, tokenizer, monkeypatch):
+    prepare(plan(Corpus(inputs), tokenizer.path, tmp_path / "one" / "s"), 1)
+    job = plan(Corpus(inputs), tokenizer.path, tmp_path / "two" / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        for unit in range(job.num_units):
+            with pytest.raises(KeyboardInterrupt):
+                run_unit(job, unit)
+        with pytest.raises(KeyboardInterrupt):
+            merge(job)
+    assert (tmp_path / "two" / "s.idx").exists()
+    prepare(plan(Corpus(inputs), tokenizer.path, tmp_path / "two" / "s"), 1)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_json_lines(tmp_path, packed):
-    lines = [{"text": "one"}, {"text": " "}, {"text": "bad \ud800"}, {"text": "two\n", "other": 1}]
-    data = "\n".join(json.dumps(line) for line in lines).encode() + b'\n\n{"text": "\xff"}\n'
-    path = tmp_path / ("d.jsonl.gz" if packed else "d.jsonl")
-    path.write_bytes(gzip.compress(data) if packed else data)
-    corpus = Corpus([path])
-    found = [(document.name, document.text) for document in corpus.documents()]
-    assert found == [(f"{path.name}:1", "one"), (f"{path.name}:4", "two\n")]
-    assert (corpus.num_empty, corpus.num_undecodable) == (1, 2)
-    assert corpus.num_bytes_read == corpus.num_bytes == path.stat().st_size
-    assert len(list(Corpus([tmp_path], suffixes=[".jsonl", ".gz"]).documents())) == 2
+def test_any_process_can_work_on_a_job(tmp_path, inputs, tokenizer):
+    job = plan(Corpus(inputs, filters=Filters(languages=("python",))), tokenizer.path, tmp_path / "s")
+    loaded = Job.load(job.folder)
+    assert loaded == job
+    assert [loaded.unit(unit) for unit in range(NUM_UNITS)] == [job.unit(unit) for unit in range(NUM_UNITS)]
+    found = [document.key for unit in range(NUM_UNITS) for document in documents(loaded, unit)]
+    assert found == [document.key for document in job.corpus.documents()]
+    with pytest.raises(UserError, match=r"000000 is missing; run the same command again"):
+        merge(job)
+    (job.folder / "job.json").write_text("{}")
+    with pytest.raises(UserError, match=r"job\.json cannot be understood; remove"):
+        Job.load(job.folder)
+    with pytest.raises(UserError, match=r"job\.json is missing"):
+        Job.load(tmp_path)
 
 
-def test_json_lines_say_where_they_are_wrong(tmp_path):
-    path = tmp_path / "d.jsonl"
-    for line, message in (("{", "is not JSON"), ("[1]", "--text-key"), ('{"code": "x"}', "--text-key")):
-        path.write_text(f'{{"text": "x"}}\n{line}\n')
-        with pytest.raises(UserError, match=rf"d\.jsonl:2 .*{message}"):
-            list(Corpus([path]).documents())
-    path.write_text('{"code": "x"}\n')
-    assert [document.text for document in Corpus([path], text_key="code").documents()] == ["x"]
+def test_what_was_dropped_is_not_tokenized(tmp_path, inputs, tokenizer):
+    job = plan(Corpus(inputs), tokenizer.path, tmp_path / "out" / "s")
+    everything = [(unit, document) for unit in range(NUM_UNITS) for document in documents(job, unit)]
+    ordinals = {}
+    for unit, document in everything:
+        ordinals.setdefault(unit, []).append(document)
+    lists = {"000001.exact.jsonl": (1, [0], "exact duplicate"), "000001.near.jsonl": (1, [0, 1], "near duplicate")}
+    lists["000005.decontaminate.jsonl"] = (5, [0], "contaminated: HumanEval")
+    for name, (_, dropped, reason) in lists.items():
+        lines = "".join(json.dumps({"document": ordinal, "reason": reason}) + "\n" for ordinal in dropped)
+        write(job.folder / "dropped", {name: lines})
+    gone = {ordinals[1][0].key: "exact duplicate", ordinals[1][1].key: "near duplicate"}
+    gone[ordinals[5][0].key] = "contaminated: HumanEval"
+    summary = prepare(job, 1)
+    assert texts(tmp_path / "out" / "s", tokenizer) == [d.text for _, d in everything if d.key not in gone]
+    found = summary["train"]["rejected"]
+    assert {reason: found[reason] for reason in gone.values()} == dict.fromkeys(gone.values(), 1)
+    assert {"document": "d.jsonl", "line": 31, "reason": "not JSON"} in rejects(tmp_path / "out" / "s")
+
+
+def test_segments_give_spans(tmp_path, tokenizer):
+    bos, eos = tokenizer.bos, tokenizer.eos
+    first, second, third = (tokenizer.encode("one"), *map(tokenizer.encode_continuation, (" two", " three")))
+    ids = [bos, *first, *second, *third, eos]
+    a, b = 1 + len(first), 1 + len(first) + len(second)
+    for losses, expected in (
+        ((True, True, True), []),
+        ((False, True, True), [(0, a)]),
+        ((False, False, True), [(0, b)]),
+        ((True, False, False), [(a, len(ids))]),
+        ((False, True, False), [(0, a), (b, len(ids))]),
+    ):
+        segments = tuple(zip(("one", " two", " three"), losses, strict=True))
+        found, spans = frame("one two three", segments, tokenizer)
+        assert (found.tolist(), spans) == (ids, expected)
+    assert frame("one", None, tokenizer)[1] == []
+    segments = (("", False), ("one", True), ("", False), (" two", True))
+    assert frame("one two", segments, tokenizer)[1] == [(0, 1)]
+    records = [{"text": "plain"}, {"text": [{"text": "ask", "loss": False}, {"text": "!", "loss": True}]}]
+    write(tmp_path, {"d.jsonl": "".join(json.dumps(record) + "\n" for record in records)})
+    prepare(plan(Corpus([tmp_path / "d.jsonl"]), tokenizer.path, tmp_path / "s"), 1)
+    assert [Spans(tmp_path / "s", 2).of(i).tolist() for i in range(2)] == [[], [[0, 1 + len(tokenizer.encode("ask"))]]]
 
 
 def test_validation_is_chosen_by_name(tmp_path, tokenizer):
-    files = {f"{i}.py": f"x = {i}\n" for i in range(1000)}
-    corpus = Corpus([write(tmp_path / "tree", files)])
-    summary = prepare(corpus, tokenizer, tmp_path / "t", valid=tmp_path / "v", valid_fraction=0.2)
+    tree = write(tmp_path / "tree", {f"{i}.py": f"x = {i}\n" for i in range(1000)})
+    options = {"valid_fraction": 0.2}
+    summary = prepare(plan(Corpus([tree]), tokenizer.path, tmp_path / "t", valid=tmp_path / "v", **options), 1)
     train, valid = texts(tmp_path / "t", tokenizer), texts(tmp_path / "v", tokenizer)
-    assert sorted(train + valid) == sorted(files.values())
-    assert len(valid) == summary.num_valid_documents == pytest.approx(200, abs=42), "3.3 standard deviations are 42"
+    assert sorted(train + valid) == sorted(f"x = {i}\n" for i in range(1000))
+    assert len(valid) == summary["valid"]["num_documents"] == sum(is_valid(f"{i}.py", 0.2) for i in range(1000))
+    assert len(valid) == pytest.approx(200, abs=42), "3.3 standard deviations are 42"
     for i in range(0, 1000, 2):
-        (tmp_path / "tree" / f"{i}.py").unlink()
-        (tmp_path / "tree" / f"{i + 1}.py").write_text(f"x = {i + 1}\n# changed\n")
-    prepare(Corpus([tmp_path / "tree"]), tokenizer, tmp_path / "t2", valid=tmp_path / "v2", valid_fraction=0.2)
+        (tree / f"{i}.py").unlink()
+        (tree / f"{i + 1}.py").write_text(f"x = {i + 1}\n# changed\n")
+    prepare(plan(Corpus([tree]), tokenizer.path, tmp_path / "t2", valid=tmp_path / "v2", **options), 1)
     assert {text.removesuffix("# changed\n") for text in texts(tmp_path / "v2", tokenizer)} < set(valid)
 
 
 def test_prepare_refuses_and_leaves_nothing(tmp_path, tokenizer):
-    tree = write(tmp_path / "tree", {"a.py": "a"})
+    corpus = Corpus([write(tmp_path / "tree", {"a.py": "a", "b.py": ""})])
     out = tmp_path / "out"
     for options, message in (
         ({"valid": out / "s"}, "give two prefixes"),
         ({"valid": out / "v", "valid_fraction": 1.0}, "--valid-fraction is 1.0"),
-        ({"valid": out / "v", "valid_fraction": 1e-9}, r"no document is left for .*v \(0 that are not UTF-8"),
+        ({"valid": out / "v", "valid_fraction": 1e-9}, r"no document is left for .*v \(left out: 1 empty\)"),
     ):
         with pytest.raises(UserError, match=message):
-            prepare(Corpus([tree]), tokenizer, out / "s", **options)
+            prepare(plan(corpus, tokenizer.path, out / "s", **options))
+    with pytest.raises(UserError, match=r"absent is no file"):
+        plan(Corpus([tmp_path / "absent"]), tokenizer.path, out / "s")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file"):
-        prepare(Corpus([tree]), tokenizer, tmp_path / "file" / "s")
-    write(tree, {"b.jsonl.gz": gzip.compress(b'{"text": "x"}\n' * 1000)[:-12]})
-    with pytest.raises(UserError, match=r"b\.jsonl\.gz is a damaged gzip file"):
-        prepare(Corpus([tree], suffixes=[".py", ".gz"]), tokenizer, out / "s")
-    assert not out.exists() or list(out.iterdir()) == []
+        plan(corpus, tokenizer.path, tmp_path / "file" / "s")
+    assert list(out.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        (["absent"], "absent is no file and no folder"),
-        (["a.jsonl.zst"], "Zstandard and Parquet are not read yet"),
-        (["a.parquet"], "Zstandard and Parquet are not read yet"),
-        (["tree"], r"tree has no file that ends in \.py; check --suffix"),
-    ],
-)
-def test_inputs_that_are_not_read(tmp_path, inputs, message):
-    write(tmp_path, {"a.jsonl.zst": "", "a.parquet": "", "tree/a.txt": ""})
-    with pytest.raises(UserError, match=message):
-        Corpus([tmp_path / name for name in inputs])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_damaged_file_ends_the_command(tmp_path, inputs, tokenizer, workers):
+    packed = inputs[2].read_bytes()
+    inputs[2].write_bytes(packed[:-8])
+    job = plan(Corpus(inputs), tokenizer.path, tmp_path / "out" / "s")
+    with pytest.raises(UserError, match=r"e\.jsonl\.gz is a damaged gzip file"):
+        prepare(job, workers)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["s.parts"]
+    inputs[2].write_bytes(packed)
+    with pytest.raises(UserError, match=r"s\.parts is of inputs that have changed since; .* or remove"):
+        plan(Corpus(inputs), tokenizer.path, tmp_path / "out" / "s")
+
+
+def test_other_options_do_not_go_on(tmp_path, inputs, tokenizer):
+    job = plan(Corpus(inputs), tokenizer.path, tmp_path / "s")
+    with pytest.raises(UserError, match=r"another min_bytes \(0\); give the same inputs and options"):
+        plan(Corpus(inputs, filters=Filters(min_bytes=2)), tokenizer.path, tmp_path / "s")
+    with pytest.raises(UserError, match="another valid_fraction"):
+        plan(Corpus(inputs), tokenizer.path, tmp_path / "s", valid_fraction=0.2)
+    assert plan(Corpus(inputs), tokenizer.path, tmp_path / "s") == job
+
+
+def test_one_command_at_a_time(tmp_path, inputs, tokenizer):
+    job = plan(Corpus(inputs), tokenizer.path, tmp_path / "s")
+    with (
+        prepare.__globals__["_locked"](job),
+        pytest.raises(UserError, match=r"another `megacode prepare` works on .*s\.parts"),
+    ):
+        prepare(job, 1)
+
+
+@pytest.fixture
+def slow_job(tmp_path, tokenizer):
+    """A job of four units of which the third waits: its file is a pipe, until it is given back what it was."""
+    tree = write(tmp_path / "tree", {f"{i}.py": "x" * 300 for i in range(4)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "UNIT_BYTES", 300)
+        job = plan(Corpus([tree]), tokenizer.path, tmp_path / "out" / "s")
+        prepare(plan(Corpus([tree]), tokenizer.path, tmp_path / "whole" / "s"), 1)
+    file = job.corpus.path(job.unit(2)[0])
+    file.rename(tmp_path / "kept")
+    os.mkfifo(file)
+    return job, lambda: (tmp_path / "kept").replace(file)
+
+
+def test_a_worker_that_is_killed_is_told(slow_job, tmp_path):
+    job, give_back = slow_job
+
+    def kill(_):
+        if all(job.part(unit).exists() for unit in (0, 1, 3)):
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    with pytest.raises(UserError, match=r"a worker was killed by SIGKILL, .* in unit 2; .* goes on"):
+        pool.run_units(job, range(4), 2, kill)
+    assert multiprocessing.active_children() == []
+    give_back()
+    prepare(job, 2)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+WORK = """
+import sys
+from megacode.data.job import Job
+from megacode.data.prepare import prepare
+prepare(Job.load(sys.argv[1]), 2)
+"""
+
+
+def test_ctrl_c_leaves_the_finished_parts(slow_job, tmp_path):
+    job, give_back = slow_job
+    command = [sys.executable, "-c", WORK, str(job.folder)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        stop = time.monotonic() + 60
+        while not all(job.part(unit).exists() for unit in (0, 1, 3)):
+            assert time.monotonic() < stop
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT
+    assert said.rstrip().endswith("KeyboardInterrupt")
+    assert said.count("Traceback") == 1, "the workers say nothing"
+    assert not job.part(2).exists()
+    give_back()
+    prepare(job, 2)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def run_command(arguments, **options):
+    code = "from megacode.cli import main; main()"
+    command = [sys.executable, "-c", code, "prepare", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def test_a_full_disk(tmp_path, tokenizer):
+    tree = write(tmp_path / "tree", {f"{i}.py": f"# {i}\n" * 4000 for i in range(3)})
+    arguments = [tree, "--tokenizer", tokenizer.path, "--output", tmp_path / "out" / "s"]
+    # A limit to the size of files does what a full disk does, in the middle of writing.
+    done = run_command(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "File too large; mend that and give the same command again" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["s.parts"]
+    assert not list((tmp_path / "out" / "s.parts").glob("*.tmp"))
+    done = run_command(arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(texts(tmp_path / "out" / "s", tokenizer)) == 3
 
 
 def test_a_tokenizer_from_the_first_documents_only(tmp_path):
     source = inspect.getsource(textwrap)
-    tree = write(tmp_path / "tree", {f"{i}.py": source + f"# {i}\n" for i in range(5)})
-    corpus = Corpus([tree])
-    train_tokenizer(corpus, tmp_path / "one.model", 400, max_bytes=len(source) * 2)
-    assert corpus.num_bytes_read < corpus.num_bytes / 2
+    corpus = Corpus([write(tmp_path / "tree", {f"{i}.py": source + f"# {i}\n" for i in range(5)})])
+    told = []
+    train_tokenizer(corpus, tmp_path / "one.model", 400, max_bytes=len(source) * 2, on_bytes=told.append)
+    assert len(source) * 2 < sum(told) < len(source) * 2.1
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*t\.model"):
         train_tokenizer(corpus, tmp_path / "file" / "t.model", 400)
 
 
-def test_the_commands(tmp_path, tokenizer):
+def test_the_commands(tmp_path):
     runner = CliRunner()
     tree = write(tmp_path / "tree", {f"{i}.py": inspect.getsource(textwrap) + f"# {i}\n" for i in range(40)})
+    write(tree, {"long.py": "x" * 2000, "small.py": "x"})
     model, prefix = tmp_path / "t.model", tmp_path / "s"
     done = runner.invoke(tokenizer_tool.app, ["train", str(tree), "--output", str(model), "--pieces", "400"])
     assert (done.exit_code, done.output) == (0, f"{model}: 416 rows\n")
@@ -204,11 +384,13 @@ def test_the_commands(tmp_path, tokenizer):
     app = typer.Typer()
     app.command()(prepare_tool.prepare)
     arguments = [str(tree), "--tokenizer", str(model), "--output", str(prefix), "--valid", f"{prefix}-valid"]
-    done = runner.invoke(app, [*arguments, "--valid-fraction", "0.3"])
+    options = ["--valid-fraction", "0.3", "--filter", "code", "--min-bytes", "2", "--language", "Python"]
+    done = runner.invoke(app, [*arguments, *options, "--workers", "1"])
     assert done.exit_code == 0, done.output
     num_documents = Shards(prefix).num_documents, Shards(f"{prefix}-valid").num_documents
     assert sum(num_documents) == 40
     assert f"{prefix}: {num_documents[0]} documents" in done.output
+    assert f"left out: 1 long lines, 1 too small ({prefix}.rejects.jsonl)" in done.output
     assert "Tokenizing" not in done.output, "no progress bar outside a terminal"
     assert isinstance(runner.invoke(app, [*arguments, "--suffix", ".rs"]).exception, UserError)
     assert "Example: megacode prepare" in " ".join(runner.invoke(app, ["--help"]).output.split())
@@ -218,7 +400,7 @@ def test_the_command_replaces_no_shard(tmp_path, tokenizer):
     from megacode.tools.prepare import prepare as command
 
     tree = write(tmp_path / "tree", {"a.py": "a"})
-    command([tree], tokenizer.path, tmp_path / "s")
+    command([tree], tokenizer.path, tmp_path / "s", workers=1)
     before = (tmp_path / "s.bin").read_bytes()
     with pytest.raises(UserError, match=r"s\.bin is there already; remove it"):
         command([tree], tokenizer.path, tmp_path / "s")

@@ -48,7 +48,8 @@ def test_bytes_are_megatrons(tmp_path, vocabulary, code, letter):
         "source": "test",
         "num_documents": 3,
         "num_tokens": 10,
-        "bin_sha256": hashlib.sha256(tokens).hexdigest(),
+        "bin_sha256": hashlib.sha256(hashlib.sha256(tokens).hexdigest().encode()).hexdigest(),
+        "checksums": [[len(tokens), hashlib.sha256(tokens).hexdigest()]],
     }
     assert sorted(os.listdir(tmp_path)) == ["a.b.bin", "a.b.idx", "a.b.json"]
 
@@ -161,14 +162,142 @@ def test_a_missing_file_is_refused_by_name(tmp_path, part):
 
 
 @pytest.mark.parametrize(
-    ("part", "place", "message"),
-    [("bin", 3, "checksum"), ("idx", 34, "follow"), ("idx", 34 + 12 + 8, "follow"), ("idx", 34 + 36 + 8, "follow")],
+    ("part", "place", "flip", "message"),
+    [
+        ("bin", 2, 2, "bytes 0 to 19 have another checksum"),
+        ("bin", 13, 128, "byte 12 begins id 33068, which is no row of the vocabulary of 1000"),
+        ("idx", 34 + 4 * 1 + 3, 128, r"idx is damaged at byte 38: a negative length"),
+        ("idx", 34 + 4 * 1, 2, r"byte 62: an offset that is not the sum"),
+        ("idx", 34 + 12 + 8, 2, r"byte 54: an offset that is not the sum"),
+        ("idx", 34 + 36 + 8, 2, r"byte 78: a wrong entry in the document index"),
+    ],
 )
-def test_verify_finds_a_flipped_byte(tmp_path, part, place, message):
+def test_verify_names_the_first_wrong_byte(tmp_path, part, place, flip, message):
     write(tmp_path / "s")
-    path = tmp_path / f"s.{part}"
-    data = bytearray(path.read_bytes())
-    data[place] ^= 2
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=message):
+    damage(tmp_path / f"s.{part}", lambda data: data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
+    with pytest.raises(UserError, match=message) as caught:
         Shards(tmp_path / "s").verify()
+    assert f"s.{part}" in str(caught.value)
+
+
+def test_verify_tells_how_far_it_is_and_takes_a_vocabulary(tmp_path):
+    for part, data in zip(("idx", "bin"), hand_packed(DOCUMENTS, 4, "i"), strict=True):
+        (tmp_path / f"m.{part}").write_bytes(data)
+    told = []
+    Shards(tmp_path / "m").verify(on_bytes=told.append)
+    assert sum(told) == 10 * 4 + 3 * 20 + 8
+    Shards(tmp_path / "m").verify(301)
+    with pytest.raises(UserError, match=r"m\.bin is damaged: byte 24 begins id 300"):
+        Shards(tmp_path / "m").verify(300)
+
+
+def test_a_checksum_covers_a_stretch_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "STRETCH_BYTES", 8)
+    documents = [[1, 2], [3, 4, 5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+    write(tmp_path / "s", documents)
+    shards = Shards(tmp_path / "s")
+    data = (tmp_path / "s.bin").read_bytes()
+    assert [size for size, _ in shards.checksums] == [4, 8, 8, 4, 6]
+    place = 0
+    for size, digest in shards.checksums:
+        assert hashlib.sha256(data[place : place + size]).hexdigest() == digest
+        place += size
+    assert place == len(data)
+    shards.verify()
+    damage(tmp_path / "s.bin", lambda data: data[:14] + bytes([data[14] ^ 1]) + data[15:])
+    with pytest.raises(UserError, match="bytes 12 to 19 have another checksum"):
+        Shards(tmp_path / "s").verify()
+
+
+def test_shards_are_joined_with_their_checksums(tmp_path):
+    parts = [DOCUMENTS, [], [[7], [8, 9]]]
+    for number, documents in enumerate(parts):
+        write(tmp_path / str(number), documents)
+    write(tmp_path / "whole", [document for documents in parts for document in documents])
+    with ShardWriter(tmp_path / "joined", 1000, tokenizer_sha256="abc", source="test") as writer:
+        for number in range(3):
+            writer.add_shard(tmp_path / str(number))
+    for part in ("bin", "idx"):
+        assert (tmp_path / f"joined.{part}").read_bytes() == (tmp_path / f"whole.{part}").read_bytes()
+    joined = Shards(tmp_path / "joined")
+    joined.verify()
+    assert joined.checksums == [*Shards(tmp_path / "0").checksums, *Shards(tmp_path / "2").checksums]
+    assert joined.bin_sha256 != Shards(tmp_path / "whole").bin_sha256, "the identity tells stretches apart"
+
+
+def use(prefix):
+    """Everything that can be asked of a shard."""
+    shards = Shards(prefix)
+    total = shards.num_tokens
+    assert len(shards.tokens(0, total)) == total
+    faults = 0
+    for ask in (
+        shards.verify,
+        *(lambda i=i: shards.document(i) for i in range(min(shards.num_documents, 20))),
+        *(lambda i=i: shards.document_at(i) for i in range(min(total, 20))),
+        lambda: shards.document_starts(0, shards.num_documents),
+    ):
+        try:
+            found = ask()
+        except UserError:
+            faults += 1
+        else:
+            if isinstance(found, np.ndarray) and found.dtype != np.int64:
+                assert found.size <= total
+    return faults
+
+
+@settings(deadline=None, max_examples=300)  # the machine may be busy
+@given(st.data())
+def test_damaged_files_give_a_working_shard_or_a_user_error(tmp_path_factory, data):
+    prefix = tmp_path_factory.mktemp("shard") / "s"
+    code, letter = data.draw(st.sampled_from([(8, "H"), (4, "i"), (5, "q"), (1, "B")]))
+    documents = data.draw(st.lists(st.lists(st.integers(0, 200), max_size=5), max_size=5))
+    files = dict(zip(("idx", "bin"), hand_packed(documents, code, letter), strict=True))
+    if data.draw(st.booleans()) and code == 8:
+        write(prefix, [document or [1] for document in documents])
+        files = {part: prefix.with_name(f"s.{part}").read_bytes() for part in ("idx", "bin", "json")}
+    for part in files:
+        content = bytearray(files[part])
+        for place, byte in data.draw(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=3)):
+            if place < len(content):
+                content[place] = byte
+        cut = data.draw(st.none() | st.integers(0, len(content)))
+        content += data.draw(st.just(b"") | st.binary(max_size=20))
+        prefix.with_name(f"s.{part}").write_bytes(content[:cut])
+    try:
+        use(prefix)
+    except UserError:
+        return
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 2**64 - 1) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(key=st.sampled_from(["tokenizer_sha256", "vocabulary", "checksums", "bin_sha256", "num_tokens"]), value=ANY_JSON)
+def test_any_value_in_the_json_gives_a_working_shard_or_a_user_error(tmp_path_factory, key, value):
+    prefix = tmp_path_factory.mktemp("shard") / "s"
+    write(prefix)
+    facts = json.loads(prefix.with_name("s.json").read_text())
+    prefix.with_name("s.json").write_text(json.dumps({**facts, key: value}))
+    try:
+        use(prefix)
+    except UserError:
+        return
+
+
+@pytest.mark.parametrize("offsets", [[0, 10**15], [0, -8], [0, 3], [8, 0], [0, 0]])
+def test_offsets_that_lead_elsewhere_are_not_followed(tmp_path, offsets):
+    _, tokens = hand_packed([[1, 2], [3, 4]], 4, "i")
+    last = struct.pack("<q", 8)  # the last offset must fit the .bin, or the shard does not open
+    index = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 4, 3, 4) + struct.pack("<3i", 2, 2, 2)
+    index += struct.pack("<2q", *offsets) + last + struct.pack("<4q", 0, 1, 2, 3)
+    (tmp_path / "m.idx").write_bytes(index)
+    (tmp_path / "m.bin").write_bytes(tokens)
+    with pytest.raises(UserError, match=r"m\.idx is damaged at byte (46|54)"):
+        Shards(tmp_path / "m").verify()
+    assert use(tmp_path / "m") >= 1
