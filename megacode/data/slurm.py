@@ -117,13 +117,12 @@ class Submission:
         present = set(_call("squeue", "--noheader", f"--user={os.getuid()}", "--format=%F").split())
         return {stage: job for stage, job in self.jobs.items() if job in present}
 
-    def wait(self, finished: Callable[[], bool], on_stage: OnStage, poll: float = POLL_SECONDS) -> None:
+    def wait(self, finished: Callable[[], bool], on_stage: OnStage) -> None:
         """Wait for the end.
 
         Args:
             finished: Whether the shard is there.
             on_stage: Told at each poll.
-            poll: Seconds between two looks.
 
         Raises:
             UserError: a task failed (which one, why, and where its log is), or squeue does again and again.
@@ -142,7 +141,7 @@ class Submission:
             else:
                 if lost and not finished() and (lost > PATIENCE or any(map(_reason, self._logs()))):
                     raise UserError(self._failure())
-            time.sleep(poll)
+            time.sleep(POLL_SECONDS)
 
     def cancel(self) -> None:
         """Take what waits or runs off the queue."""
@@ -232,7 +231,7 @@ def _executor(prefix: Path, stage: Stage, request: Request, most: int, depends: 
         stage.steps,
         tasks=stage.tasks,
         # Of several arrays for a stage, the next stage would wait for the last one only. So there is one.
-        tasks_per_job=math.ceil(stage.tasks / most),
+        tasks_per_job=max(stage.together, math.ceil(stage.tasks / most)),
         max_array_size=most,
         time=request.time or "",
         partition=request.partition or "",

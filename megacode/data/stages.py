@@ -24,17 +24,20 @@ if TYPE_CHECKING:
 NEEDED = ("datatrove", "regex", "xxhash")
 EXACT, NEAR = "exact", "near"
 BENCHMARKS = "benchmarks.npz"
+FEW_UNITS = 64
+"""Equal signatures of so few units are found faster than a job starts."""
 OnStage = Callable[[str, int, int], None]
 """Told the name of a stage, how many of its tasks are done, and how many there are."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that run one after the other, `tasks` times."""
+    """Steps that run one after the other, `tasks` times; on a cluster `together` tasks in one place, in turn."""
 
     name: str
     steps: list[PipelineStep]
     tasks: int
+    together: int = 1
 
     def folder(self, parts: Path) -> Path:
         """Where datatrove keeps its state."""
@@ -71,9 +74,10 @@ def stages_of(job: Job) -> list[Stage]:
     if job.dedup is None:
         return [Stage("decontaminate", reading, job.num_units)]
     near = job.dedup == NEAR
+    num_buckets = steps.config(near).num_buckets
     return [
         Stage("sign", [*reading, steps.Signature(parts, near)], job.num_units),
-        Stage("search", [steps.Buckets(parts, near)], steps.config(near).num_buckets),
+        Stage("search", [steps.Buckets(parts, near)], num_buckets, num_buckets if job.num_units < FEW_UNITS else 1),
         Stage("cluster", [steps.Cluster(parts)], 1),
     ]
 

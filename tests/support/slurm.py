@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
-UP_SECONDS = 60.0
+UP_SECONDS = 30.0
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 _CONFIGURATION = """\
@@ -53,6 +53,7 @@ PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
+SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmctldTimeout=300
 SlurmdTimeout=300
@@ -84,7 +85,7 @@ class SlurmCluster:
 
     Args:
         nodes: n1, n2, ...
-        cpus: Cores of a node.
+        cpus: Cores of a node; there may be more than this machine has.
         gpus: GPUs of a node (CUDA_VISIBLE_DEVICES is set for jobs that ask for some; nothing can be computed on them).
 
     Attributes:
