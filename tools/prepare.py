@@ -39,6 +39,17 @@ Excludes = Annotated[
     typer.Option(help=f"Folder name to leave out; repeatable, replaces the default: {' '.join(EXCLUDE)}"),
 ]
 TextField = Annotated[str, typer.Option(help="Field of a JSON line, or column, that holds the text.")]
+Dedup = Annotated[
+    Duplicates | None,
+    typer.Option(help="Leave out all but the first of equal documents, or also of nearly equal ones (MinHash)."),
+]
+Decontaminate = Annotated[
+    list[Path] | None,
+    typer.Option(help="Leave out documents with text of this benchmark (.jsonl, .parquet or text); repeatable."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes, one for each core if left out; tasks at once on SLURM.")
+]
 
 
 def prepare(
@@ -65,17 +76,9 @@ def prepare(
     max_bytes: Annotated[
         int, typer.Option(min=1, max=MAX_DOCUMENT_BYTES, help="Leave out larger documents.")
     ] = MAX_DOCUMENT_BYTES,
-    dedup: Annotated[
-        Duplicates | None,
-        typer.Option(help="Leave out all but the first of equal documents, or also of nearly equal ones (MinHash)."),
-    ] = None,
-    decontaminate: Annotated[
-        list[Path] | None,
-        typer.Option(help="Leave out documents with text of this benchmark (.jsonl, .parquet or text); repeatable."),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes, one for each core if left out; tasks at once on SLURM.")
-    ] = None,
+    dedup: Dedup = None,
+    decontaminate: Decontaminate = None,
+    workers: Workers = None,
     executor: Annotated[Executor, typer.Option(help="Work here, or send jobs to a cluster.")] = Executor.LOCAL,
     partition: Annotated[str | None, typer.Option(help="SLURM's partition, if not the default one.")] = None,
     time: Annotated[str | None, typer.Option(help="SLURM's time limit of a task, as for sbatch.")] = None,
@@ -116,8 +119,11 @@ def prepare(
         summary = on_cluster(job, partition, time, memory_gb, workers, wait)
     else:
         summary = on_this_machine(job, workers)
-    if summary is None:
-        return
+    if summary is not None:
+        _tell(summary, output, valid)
+
+
+def _tell(summary: dict[str, dict[str, Any]], output: Path, valid: Path | None) -> None:
     for side, prefix in (("train", output), ("valid", valid)):
         if prefix is not None:
             typer.echo(f"{prefix}: {_counts(summary[side])}")
