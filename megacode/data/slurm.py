@@ -32,7 +32,7 @@ from megacode.data.parts import merge, run_unit
 from megacode.data.stages import OnStage, Stage, stages_of
 from megacode.errors import UserError
 
-POLL_SECONDS = 2.0
+POLL_SECONDS = 5.0
 PATIENCE = 15
 """Polls for which squeue may fail, or results may not be seen yet (network file systems), before that counts."""
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol")
