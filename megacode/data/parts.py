@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from megacode.data.corpus import is_valid
 from megacode.data.job import Job, documents
 from megacode.data.readers import LINES, Reject, Segments, Watch
-from megacode.data.shards import ShardWriter
-from megacode.data.spans import SpansWriter
+from megacode.data.shards import Shards, ShardWriter
+from megacode.data.spans import SpansWriter, spans_path
 from megacode.data.spans import merge as merge_spans
 from megacode.data.streams import OnBytes
 from megacode.data.tokenizer import Tokenizer
@@ -50,8 +50,11 @@ def run_unit(job: Job, unit: int, on_bytes: OnBytes = lambda count: None) -> Non
         try:
             _write_part(job, unit, folder, on_bytes)
             folder.chmod(job.folder.stat().st_mode)  # mkdtemp's is for its owner alone
-            if not target.exists():  # another process may have run the same unit
+            try:
                 os.rename(folder, target)
+            except OSError:
+                if not target.exists():  # else another process has run the same unit
+                    raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
@@ -79,11 +82,13 @@ def merge(job: Job) -> dict[str, dict[str, Any]]:
                 stack.callback(temporary.unlink, missing_ok=True)
                 rejected = _merge_rejects(job, file)
             for side, writer in writers.items():
+                writer.withdraw()  # what a merge that was interrupted left
                 _merge_side(job, side, writer)
                 writer.facts["rejected"] = dict(sorted(rejected.items())) if side == "train" else {}
             _refuse_empty(job, writers, rejected)
             for writer in writers.values():  # only when all stand may any get its name
                 writer.finish()
+            _merge_spans(job)
             os.replace(temporary, rejects)
             if not rejected:
                 rejects.unlink()
@@ -186,19 +191,27 @@ def _line(reject: Reject) -> str:
 
 
 def _merge_side(job: Job, side: str, writer: ShardWriter) -> None:
-    """Append all parts of a side, and write its spans."""
+    """Append all parts of a side."""
     languages: Languages = {}
     engines: set[str] = set()
-    parts: list[tuple[Path, int]] = []
     for unit in range(job.num_units):
-        prefix = job.part(unit) / side
-        shards = writer.add_shard(prefix)
-        parts.append((prefix, shards.num_documents))
+        shards = writer.add_shard(job.part(unit) / side)
         engines.add(shards.facts["engine"])
         for language, counts in shards.facts["languages"].items():
             _add(languages, language, counts)
-    merge_spans(parts, writer.prefix)
     writer.facts |= {"languages": dict(sorted(languages.items())), "engine": " ".join(sorted(engines))}
+
+
+def _merge_spans(job: Job) -> None:
+    """Join the spans of each side; none stay where those of another one cannot be written."""
+    try:
+        for side, prefix in job.prefixes.items():
+            parts = (job.part(unit) / side for unit in range(job.num_units))
+            merge_spans(((part, Shards(part).num_documents) for part in parts), prefix)
+    except OSError:
+        for prefix in job.prefixes.values():
+            spans_path(prefix).unlink(missing_ok=True)
+        raise
 
 
 def _refuse_empty(job: Job, writers: dict[str, ShardWriter], rejected: Counter[str]) -> None:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import mmap
 import os
+import resource
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.
 STRETCH_BYTES = 64 << 20
 """The most that one checksum covers."""
 _BLOCK = 1 << 20  # documents, or tokens, that are looked at in one piece
+_MOST_FILES = 1 << 16
 
 IntArray = NDArray[np.integer[Any]]
 
@@ -136,10 +138,13 @@ class ShardWriter:
             for part in ("bin", "idx", "json", "lengths"):
                 self._temporary(part).unlink(missing_ok=True)
 
-    def _publish(self) -> None:
-        # Without its .idx a shard does not exist: taking the old one away first and putting the new one last, no crash
-        # can leave a mixture of two shards that opens.
+    def withdraw(self) -> None:
+        """Take away the shard that stands there: without its .idx it does not exist."""
         _path(self.prefix, "idx").unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        # The old .idx goes first and the new one comes last: no crash can leave a mixture of two shards that opens.
+        self.withdraw()
         for part in ("bin", "json", "idx"):
             os.replace(self._temporary(part), _path(self.prefix, part))
 
@@ -440,11 +445,21 @@ def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
 
 
 def _map(path: Path, num_bytes: int) -> mmap.mmap:
+    _allow_many_files()
     with _opened(path) as file:
         try:
             return mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
-        except (ValueError, OSError) as error:  # a map keeps its file open: there may be too many of them
+        except (ValueError, OSError) as error:
             raise UserError(f"cannot map {path}: {error}; see that it is whole, and raise `ulimit -n`") from None
+
+
+@functools.cache
+def _allow_many_files() -> None:
+    """A map keeps its file open, and a corpus has thousands: more than the 1,024 that systems allow until asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -212,6 +212,17 @@ def test_segments_give_spans(tmp_path, tokenizer):
     assert frame("one two", segments, tokenizer)[1] == [(0, 1)]
     records = [{"text": "plain"}, {"text": [{"text": "ask", "loss": False}, {"text": "!", "loss": True}]}]
     write(tmp_path, {"d.jsonl": "".join(json.dumps(record) + "\n" for record in records)})
+    with pytest.raises(UserError, match="no document is left"):
+        prepare(
+            plan(
+                Corpus([tmp_path / "d.jsonl"]),
+                tokenizer.path,
+                tmp_path / "s",
+                valid=tmp_path / "v",
+                valid_fraction=1e-9,
+            )
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {"d.jsonl"}
     prepare(plan(Corpus([tmp_path / "d.jsonl"]), tokenizer.path, tmp_path / "s"), 1)
     assert [Spans(tmp_path / "s", 2).of(i).tolist() for i in range(2)] == [[], [[0, 1 + len(tokenizer.encode("ask"))]]]
 

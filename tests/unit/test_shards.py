@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import struct
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -34,6 +36,18 @@ def hand_packed(documents, code, letter):
     index += struct.pack("<Q", count + 1) + struct.pack(f"<{count}i", *lengths) + struct.pack(f"<{count}q", *offsets)
     index += struct.pack(f"<{count + 1}q", *range(count + 1))
     return index, b"".join(struct.pack(f"<{len(document)}{letter}", *document) for document in documents)
+
+
+def test_more_shards_open_than_a_process_may_have_files(tmp_path):
+    write(tmp_path / "s")
+    code = f"""
+import resource
+from megacode.data.shards import Shards
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+shards = [Shards({str(tmp_path / "s")!r}) for _ in range(100)]
+print(sum(int(one.document(2)[1]) for one in shards))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "30000\n"
 
 
 @pytest.mark.parametrize(("vocabulary", "code", "letter"), [(65499, 8, "H"), (65500, 4, "i"), (128256, 4, "i")])
