@@ -65,6 +65,8 @@ def test_a_contaminated_document_does_not_stand_for_its_clean_copies(tmp_path, m
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in contaminated_and_copy()))
     prepare(plan(Corpus([tmp_path / "d.jsonl"]), model, tmp_path / "s", decontaminate=[benchmark(tmp_path)], **NEAR))
     assert rejects(tmp_path / "s") == {1: "contaminated: problems.jsonl"}
+    told = json.loads((tmp_path / "s.rejects.jsonl").read_text())
+    assert told["found"] == "def solve_0 values list float threshold float bool check if"
 
 
 def contaminated_and_copy():
