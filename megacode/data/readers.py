@@ -65,8 +65,8 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Reject:
-    """A document that is left out, and why: `Fault.reason`, the filter's or de-duplication's; for one that holds text of
-    a benchmark, the words that were found."""
+    """A document that is left out, and why: `Fault.reason`, or the filter's, or the list's that drops it; and of what
+    holds text of a benchmark, the words that were found."""
 
     name: str
     line: int | None
