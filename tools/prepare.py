@@ -133,7 +133,9 @@ def _tell(summary: dict[str, dict[str, Any]], output: Path, valid: Path | None) 
 
 
 def _counts(facts: dict[str, Any]) -> str:
-    return f"{facts['num_documents']:,} documents, {facts['num_tokens']:,} tokens"
+    engine = facts["engine"]
+    why = " (`megacode tokenizer check` says why no faster one)" if "sentencepiece" in engine else ""
+    return f"{facts['num_documents']:,} documents, {facts['num_tokens']:,} tokens by {engine}{why}"
 
 
 @contextmanager

@@ -254,18 +254,21 @@ def _find(path: Path, suffixes: tuple[str, ...], exclude: frozenset[str]) -> Ite
         yield path.name, path.stat()
         return
     found = False
-    for folder, folders, names in os.walk(path, onerror=_refuse):
-        folders[:] = [name for name in folders if name not in exclude]
-        for name in names:
-            file = Path(folder, name)
-            if name.endswith(suffixes) and file.is_file() and not file.is_symlink():
-                found = True
-                yield file.relative_to(path).as_posix(), file.stat()
+    folders = [(str(path), "")]
+    while folders:
+        folder, below = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        if entry.name not in exclude:
+                            folders.append((entry.path, f"{below}{entry.name}/"))
+                    elif entry.name.endswith(suffixes) and entry.is_file(follow_symlinks=False):
+                        found = True
+                        yield below + entry.name, entry.stat(follow_symlinks=False)
+        except OSError as error:
+            raise UserError(
+                f"cannot read the folder {folder}: {error.strerror}; mend it or leave it out with --exclude"
+            ) from None
     if not found:
         raise UserError(f"{path} has no file that ends in {' or '.join(suffixes)}; check --suffix and --exclude")
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(
-        f"cannot read the folder {error.filename}: {error.strerror}; mend it or leave it out with --exclude"
-    )

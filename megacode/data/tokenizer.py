@@ -20,6 +20,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 
 from megacode.data import engines
 from megacode.data.engines import Engine, Ids
+from megacode.data.joints import in_stretches
 from megacode.errors import UserError
 
 PREFIX, SUFFIX, MIDDLE, END_OF_INFILL = "▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"
@@ -78,7 +79,9 @@ class Tokenizer:
     @functools.cached_property
     def engine(self) -> Engine:
         """What computes ids here; chosen at the first use, since a run without infilling encodes nothing."""
-        return engines.sentencepiece(self.model) if self.oracle else engines.fastest(self.model, probes(self))
+        if self.oracle:
+            return engines.sentencepiece(self.model)
+        return in_stretches(engines.fastest(self.model, probes(self)), self.model)
 
     @property
     def has_infilling(self) -> bool:

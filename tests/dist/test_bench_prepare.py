@@ -12,14 +12,13 @@ from megacode.tools.bench.prepare import Row, check, table, write_corpus
 
 def test_all_contestants_make_the_same_tokens(tmp_path):
     tokenizer = train_tokenizer(tmp_path / "t.model")
-    command = [sys.executable, "-m", "megacode.tools.bench.prepare", "--small", "1", "--large", "2", "--rounds", "1"]
+    command = [sys.executable, "-m", "megacode.tools.bench.prepare", "--small", "1", "--large", "0", "--rounds", "1"]
     command += ["--tokenizer", str(tokenizer), "--folder", str(tmp_path), "--json", "-"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [(row["name"], row["workers"], round(row["megabytes"])) for row in rows] == [
         *(("megacode", 1, 1), ("megacode", 2, 1), ("sentencepiece", 1, 1), ("datatrove", 1, 1), ("datatrove", 2, 1)),
-        *(("megacode", 1, 2), ("megacode", 2, 2)),
     ]
     assert all(row["tokens"] > 100_000 and row["peak_bytes"] > 20e6 and len(row["seconds"]) == 1 for row in rows)
     assert all(row["per_core"][0] == pytest.approx(row["megabytes"] / row["seconds"][0] / row["workers"]) for row in rows)
@@ -37,9 +36,9 @@ def test_the_corpus_has_the_text_it_says(tmp_path):
 
 
 def test_other_tokens_end_the_comparison():
-    rows = [Row("megacode", 1, 10.0, [2.0, 4.0, 5.0], 100, 7), Row("datatrove", 2, 10.0, [5.0], 100, 7)]
+    rows = [Row("megacode", 1, 10.0, [2.0, 4.0, 5.0], [1.0, 2.0, 1.5], 100, 7), Row("datatrove", 2, 10.0, [5.0], [5.0], 100, 7)]
     check(rows)
-    assert next(line for line in table(rows) if "megacode" in line).endswith("| 2.5 (2.0, 5.0) | 0 |")
+    assert next(line for line in table(rows) if "megacode" in line).endswith("| 2.5 (2.0, 5.0) | 6.7 (5.0, 10.0) | 0 |")
     rows[1].tokens = 8
     with pytest.raises(RuntimeError, match="datatrove makes 8 tokens of the text, and megacode 7"):
         check(rows)

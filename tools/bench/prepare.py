@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -43,6 +44,8 @@ class Row:
     """Text of the corpus in UTF-8."""
     seconds: list[float] = field(default_factory=list)
     """Of each round, start of the processes included."""
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of all its processes together: what a busy machine disturbs less."""
     peak_bytes: int = 0
     """Resident memory of its largest process."""
     tokens: int = 0
@@ -52,6 +55,12 @@ class Row:
     def per_core(self) -> Figures:
         """Text per second and worker, in MB: median, lowest, highest."""
         rates = [self.megabytes / seconds / self.workers for seconds in self.seconds]
+        return median(rates), min(rates), max(rates)
+
+    @property
+    def per_cpu_second(self) -> Figures:
+        """MB of text a second of a core's work: median, lowest, highest."""
+        rates = [self.megabytes / seconds for seconds in self.cpu_seconds]
         return median(rates), min(rates), max(rates)
 
 
@@ -93,17 +102,24 @@ def write_tokenizer(path: Path) -> None:
 def run(row: Row, command: Sequence[str], folder: Path) -> str:
     """Run a contestant once, and note its time and memory; the last line that it printed."""
     said = folder / "said"
-    started = time.monotonic()
+    started, before = time.monotonic(), _cpu_seconds()
     with said.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **_THREADS})
         while process.poll() is None:
             row.peak_bytes = max(row.peak_bytes, *map(peak_bytes, family(process.pid)))
             time.sleep(_LOOK_SECONDS)
     row.seconds.append(time.monotonic() - started)
+    row.cpu_seconds.append(_cpu_seconds() - before)
     text = said.read_text()
     if process.returncode:
         raise RuntimeError(f"{row.name} ended with {process.returncode}: {text.strip()[-500:]}")
     return text.strip().split("\n")[-1]
+
+
+def _cpu_seconds() -> float:
+    """What ended processes below this one have used."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def family(pid: int) -> Iterator[int]:
@@ -137,12 +153,14 @@ def round_of(row: Row, corpus: Path, tokenizer: Path, folder: Path) -> None:
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """The rows as Markdown."""
-    yield "| | workers | MB of text | MB/s per worker: median (lowest, highest) | largest process, MB |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "Median (lowest, highest) of the rounds."
+    yield ""
+    yield "| | workers | MB of text | MB/s per worker | MB per CPU second | largest process, MB |"
+    yield "| --- | --- | --- | --- | --- | --- |"
     for row in rows:
-        middle, low, high = row.per_core
-        rate = f"{middle:.1f} ({low:.1f}, {high:.1f})"
-        yield f"| {row.name} | {row.workers} | {row.megabytes:.0f} | {rate} | {row.peak_bytes / 1e6:.0f} |"
+        rates = (f"{middle:.1f} ({low:.1f}, {high:.1f})" for middle, low, high in (row.per_core, row.per_cpu_second))
+        memory = f"{row.peak_bytes / 1e6:.0f}"
+        yield f"| {' | '.join([row.name, str(row.workers), f'{row.megabytes:.0f}', *rates, memory])} |"
 
 
 def check(rows: Sequence[Row]) -> None:
@@ -190,7 +208,14 @@ def main(
         found = list(rows.values())
         check(found)
         print("\n".join([f"megacode's engine: {engine}", *table(found)]))
-        write({"engine": engine, "rows": [asdict(row) | {"per_core": row.per_core} for row in found]})
+        write(
+            {
+                "engine": engine,
+                "rows": [
+                    asdict(row) | {"per_core": row.per_core, "per_cpu_second": row.per_cpu_second} for row in found
+                ],
+            }
+        )
 
 
 if __name__ == "__main__":
