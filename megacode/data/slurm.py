@@ -127,18 +127,18 @@ class Submission:
         Raises:
             UserError: a task failed (which one, why, and where its log is), or squeue does again and again.
         """
-        parts, lost = _parts(self.prefix), 0
+        lost = 0
         while not finished():
-            current = next((stage for stage in self.stages if stage.missing(parts)), self.stages[-1])
-            on_stage(current.name, current.num_done(parts), current.tasks)
             try:
-                # A job of a failed stage takes those after it along, so an empty queue is the end, good or bad.
-                lost = 0 if self.queued() else lost + 1
+                queued = self.queued()
             except _NoAnswerError as error:
                 lost += 1
                 if lost > PATIENCE:
                     raise UserError(f"{error}; the jobs go on: wait again to see how far they are") from None
             else:
+                self._tell(queued, on_stage)
+                # A job of a failed stage takes those after it along, so an empty queue is the end, good or bad.
+                lost = 0 if queued else lost + 1
                 if lost and not finished() and (lost > PATIENCE or any(map(_reason, self._logs()))):
                     raise UserError(self._failure())
             time.sleep(POLL_SECONDS)
@@ -147,6 +147,14 @@ class Submission:
         """Take what waits or runs off the queue."""
         for job in self.queued().values():
             _call("scancel", job)
+
+    def _tell(self, queued: dict[str, str], on_stage: OnStage) -> None:
+        """Stages before the first one in the queue are done: else that one would not be there."""
+        for stage in self.stages if queued else ():
+            if stage.name in queued:
+                on_stage(stage.name, stage.num_done(_parts(self.prefix)), stage.tasks)
+                return
+            on_stage(stage.name, stage.tasks, stage.tasks)
 
     def _logs(self) -> list[Path]:
         folder = _outputs(self.prefix)
@@ -198,15 +206,15 @@ def submit(job: Job, request: Request) -> Submission:
     submission = Submission(prefix, stages, {})
     record.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _send(submission, request)
+        _send(submission, request, record)
     except BaseException:
         submission.cancel()
         raise
-    record.write_text(json.dumps(submission.jobs), encoding="utf-8")
     return submission
 
 
-def _send(submission: Submission, request: Request) -> None:
+def _send(submission: Submission, request: Request, record: Path) -> None:
+    """Send the stages one by one, and keep in `record` what is in the queue."""
     from datatrove.utils.logging import logger
 
     logger.remove()
@@ -222,6 +230,7 @@ def _send(submission: Submission, request: Request) -> None:
                 raise UserError(f"sbatch refused: {complaints()}; mend the options or SBATCH_ variables") from None
         if previous.job_id != -1:
             submission.jobs[stage.name] = str(previous.job_id).partition(";")[0]
+            record.write_text(json.dumps(submission.jobs), encoding="utf-8")
 
 
 def _executor(prefix: Path, stage: Stage, request: Request, most: int, depends: _Executor | None) -> _Executor:
