@@ -36,11 +36,15 @@ setup(
         "gpu": ["triton>=3.6"],
         "flash": ["flash-attn>=2.1"],
         "logging": ["wandb", "tensorboard"],
-        "data": ["pyarrow>=15"],
+        "data": [
+            "pyarrow>=15",
+            # De-duplication and decontamination. datatrove's extras bring far more; regex and xxhash it needs unsaid.
+            *("datatrove==0.10.1", "regex", "xxhash"),
+        ],
         "bench": ["matplotlib", "liger-kernel"],
         "dev": [
             *("pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton>=3.6", "wandb", "tensorboard"),
-            *("matplotlib", "liger-kernel", "pyarrow>=15"),
+            *("matplotlib", "liger-kernel", "pyarrow>=15", "datatrove==0.10.1", "regex", "xxhash"),
         ],
     },
     entry_points={"console_scripts": ["megacode=megacode.cli:main"]},

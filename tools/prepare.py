@@ -13,6 +13,7 @@ from megacode.data.corpus import EXCLUDE, SUFFIXES, Corpus
 from megacode.data.filters import MAX_DOCUMENT_BYTES, Filters
 from megacode.data.readers import Fields
 from megacode.errors import UserError
+from megacode.tools.executors import Duplicates, Executor, check_executor, on_cluster, on_this_machine, tell_skipped
 
 VALID_FRACTION = 0.05
 
@@ -38,6 +39,17 @@ Excludes = Annotated[
     typer.Option(help=f"Folder name to leave out; repeatable, replaces the default: {' '.join(EXCLUDE)}"),
 ]
 TextField = Annotated[str, typer.Option(help="Field of a JSON line, or column, that holds the text.")]
+Dedup = Annotated[
+    Duplicates | None,
+    typer.Option(help="Leave out all but the first of equal documents, or also of nearly equal ones (MinHash)."),
+]
+Decontaminate = Annotated[
+    list[Path] | None,
+    typer.Option(help="Leave out documents with text of this benchmark (.jsonl, .parquet or text); repeatable."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes, one for each core if left out; tasks at once on SLURM.")
+]
 
 
 def prepare(
@@ -64,7 +76,14 @@ def prepare(
     max_bytes: Annotated[
         int, typer.Option(min=1, max=MAX_DOCUMENT_BYTES, help="Leave out larger documents.")
     ] = MAX_DOCUMENT_BYTES,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; left out, one for each core.")] = None,
+    dedup: Dedup = None,
+    decontaminate: Decontaminate = None,
+    workers: Workers = None,
+    executor: Annotated[Executor, typer.Option(help="Work here, or send jobs to a cluster.")] = Executor.LOCAL,
+    partition: Annotated[str | None, typer.Option(help="SLURM's partition, if not the default one.")] = None,
+    time: Annotated[str | None, typer.Option(help="SLURM's time limit of a task, as for sbatch.")] = None,
+    memory_gb: Annotated[int | None, typer.Option(min=1, help="Memory of a task on SLURM; left out, 4.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end of jobs on SLURM.")] = False,
 ) -> None:
     """Turn source files into shards that training reads.
 
@@ -73,8 +92,8 @@ def prepare(
     Example: megacode prepare src/ --tokenizer tokenizer.model --output data/train --valid data/valid
     """
     from megacode.data.prepare import plan
-    from megacode.data.prepare import prepare as prepare_shards
 
+    check_executor(executor, {"--partition": partition, "--time": time, "--memory-gb": memory_gb, "--wait": wait})
     if valid is None and valid_fraction is not None:
         raise UserError("--valid-fraction needs --valid PREFIX, where these documents go")
     corpus = Corpus(
@@ -87,9 +106,24 @@ def prepare(
         ),
     )
     fraction = VALID_FRACTION if valid_fraction is None else valid_fraction
-    job = plan(corpus, tokenizer, output, valid=valid, valid_fraction=fraction)
-    with reading_bar("Tokenizing", job.num_bytes) as on_bytes:
-        summary = prepare_shards(job, workers, on_bytes)
+    job = plan(
+        *(corpus, tokenizer, output),
+        valid=valid,
+        valid_fraction=fraction,
+        dedup=dedup,
+        decontaminate=decontaminate or (),
+    )
+    if decontaminate:
+        tell_skipped(job)
+    if executor == Executor.SLURM:
+        summary = on_cluster(job, partition, time, memory_gb, workers, wait)
+    else:
+        summary = on_this_machine(job, workers)
+    if summary is not None:
+        _tell(summary, output, valid)
+
+
+def _tell(summary: dict[str, dict[str, Any]], output: Path, valid: Path | None) -> None:
     for side, prefix in (("train", output), ("valid", valid)):
         if prefix is not None:
             typer.echo(f"{prefix}: {_counts(summary[side])}")

@@ -31,6 +31,8 @@ class Job:
         tokenizer_path, tokenizer_sha256: The tokenizer.
         output, valid: Prefixes of the training and of the validation shard, as absolute paths; `valid` may be None.
         valid_fraction: Share of the documents that go there.
+        dedup: Which duplicates are left out: None, exact, or near (which includes exact).
+        benchmarks: Names and sha256 of the benchmarks whose text is left out.
         num_units, num_bytes: What there is to read.
         units_sha256: Of the list of units: it differs where a file's name, size or time of change does.
     """
@@ -42,6 +44,8 @@ class Job:
     output: str
     valid: str | None
     valid_fraction: float
+    dedup: str | None = None
+    benchmarks: str = ""
     num_units: int = 0
     num_bytes: int = 0
     units_sha256: str = ""

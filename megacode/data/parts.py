@@ -152,7 +152,7 @@ def _write_part(job: Job, unit: int, folder: Path, on_bytes: OnBytes) -> None:
         languages: dict[str, Languages] = {side: {} for side in prefixes}
         for ordinal, document in enumerate(documents(job, unit, watch)):
             if ordinal in dropped:
-                reject(Reject(document.name, document.line, dropped[ordinal]))
+                reject(Reject(document.name, document.line, *dropped[ordinal]))
                 continue
             side = "valid" if job.valid is not None and is_valid(document.key, job.valid_fraction) else "train"
             ids, own = frame(document.text, document.segments, tokenizer)
@@ -174,20 +174,21 @@ def _writers(job: Job, prefixes: dict[str, str], stack: ExitStack) -> dict[str, 
     }
 
 
-def _dropped(job: Job, unit: int) -> dict[int, str]:
-    """Ordinal -> reason of the documents of a unit that are not to be tokenized."""
-    reasons: dict[int, str] = {}
+def _dropped(job: Job, unit: int) -> dict[int, tuple[str, str | None]]:
+    """Ordinal -> reason, and what was found, of the documents of a unit that are not to be tokenized."""
+    reasons: dict[int, tuple[str, str | None]] = {}
     for path in job.dropped(unit):
         with path.open(encoding="utf-8") as file:
             for line in file:
                 drop = json.loads(line)
-                reasons.setdefault(drop["document"], drop["reason"])
+                reasons.setdefault(drop["document"], (drop["reason"], drop.get("found")))
     return reasons
 
 
 def _line(reject: Reject) -> str:
     line = {} if reject.line is None else {"line": reject.line}
-    return json.dumps({"document": reject.name, **line, "reason": reject.reason}) + "\n"
+    found = {} if reject.found is None else {"found": reject.found}
+    return json.dumps({"document": reject.name, **line, "reason": reject.reason, **found}) + "\n"
 
 
 def _merge_side(job: Job, side: str, writer: ShardWriter) -> None:
@@ -235,7 +236,7 @@ def _merge_rejects(job: Job, file: BinaryIO) -> Counter[str]:
         with (job.part(unit) / "rejects.jsonl").open("rb") as part:
             for line in itertools.islice(part, facts["rejects_in_first_piece"] if before else 0):
                 reject = json.loads(line)
-                file.write(_line(Reject(reject["document"], reject["line"] + before, reject["reason"])).encode())
+                file.write((json.dumps(reject | {"line": reject["line"] + before}) + "\n").encode())
             shutil.copyfileobj(part, file)
         rejected.update(facts["rejected"])
         before = facts["lines_in_last_piece"] + (before if len(pieces) == 1 else 0)

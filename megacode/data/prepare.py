@@ -1,21 +1,27 @@
 """From source files to a tokenizer and to shards."""
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megacode.data.corpus import Corpus
 from megacode.data.job import Job
 from megacode.data.parts import cannot_write, merge
 from megacode.data.pool import num_cores, run_units
 from megacode.data.readers import Watch
+from megacode.data.stages import BENCHMARKS, OnStage, check_installed, run_local, stages_of
 from megacode.data.streams import OnBytes
 from megacode.data.tokenizer import Tokenizer, train
 from megacode.errors import UserError
+
+if TYPE_CHECKING:
+    from megacode.data.decontaminate import Index
 
 Summary = dict[str, dict[str, Any]]
 """Side (train, valid) -> what is in its PREFIX.json."""
@@ -28,6 +34,8 @@ def plan(
     *,
     valid: str | Path | None = None,
     valid_fraction: float = 0.05,
+    dedup: str | None = None,
+    decontaminate: Sequence[str | Path] = (),
 ) -> Job:
     """Cut the inputs into units and write down the job in PREFIX.parts, or go on with the one that stands there.
 
@@ -38,6 +46,8 @@ def plan(
         valid: Prefix of the validation shard; left out, there is none.
         valid_fraction: Share of the documents that go there, chosen by a hash of the document's key: a file stays on
             its side when others come or go.
+        dedup: Leave out duplicates: `exact`, or `near` (which includes exact).
+        decontaminate: Benchmark files; documents that hold text of them are left out.
 
     Raises:
         UserError: an input cannot be read, an output stands there already or cannot be written.
@@ -46,6 +56,9 @@ def plan(
         raise UserError(f"--output and --valid are both {output}; give two prefixes")
     if not 0 < valid_fraction < 1:
         raise UserError(f"--valid-fraction is {valid_fraction}; give a share between 0 and 1")
+    index, benchmarks = _benchmarks(decontaminate)
+    if dedup is not None:
+        check_installed("--dedup")
     job = Job(
         corpus=corpus.absolute(),
         source=corpus.source,
@@ -54,6 +67,8 @@ def plan(
         output=os.path.abspath(output),
         valid=None if valid is None else os.path.abspath(valid),
         valid_fraction=valid_fraction,
+        dedup=dedup,
+        benchmarks=benchmarks,
     )
     if not job.folder.exists():  # else they are of a merge that was interrupted
         for prefix in job.prefixes.values():
@@ -62,13 +77,21 @@ def plan(
                     f"{prefix}.bin is there already; remove it with its .idx and .json, or name another prefix"
                 )
     try:
-        return job.start()
+        job = job.start()
+        if index is not None:
+            index.save(job.folder / BENCHMARKS)
+        return job
     except OSError as error:
         raise cannot_write(job, error) from None
 
 
-def prepare(job: Job, workers: int | None = None, on_bytes: OnBytes = lambda count: None) -> Summary:
-    """Tokenize documents into shards, one sequence BOS ... EOS for each, in so many processes.
+def prepare(
+    job: Job,
+    workers: int | None = None,
+    on_bytes: OnBytes = lambda count: None,
+    on_stage: OnStage = lambda name, done, tasks: None,
+) -> Summary:
+    """Find duplicates and benchmarks, then tokenize the other documents into shards, one sequence BOS ... EOS for each.
 
     The shards' bytes do not depend on the number of workers, nor on whether the work was interrupted. Memory does not
     grow with the corpus.
@@ -76,7 +99,8 @@ def prepare(job: Job, workers: int | None = None, on_bytes: OnBytes = lambda cou
     Args:
         job: From `plan`.
         workers: Processes; left out, as many as there are cores.
-        on_bytes: Told how many bytes of the inputs have been read since it was last told.
+        on_bytes: Told how many bytes of the inputs have been tokenized since it was last told.
+        on_stage: Told how many tasks of a stage of de-duplication or decontamination are done, of how many.
 
     Raises:
         UserError: an input cannot be read, an output cannot be written, or a shard would be empty.
@@ -85,6 +109,7 @@ def prepare(job: Job, workers: int | None = None, on_bytes: OnBytes = lambda cou
         for leftover in job.folder.glob("*.tmp"):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
+        run_local(stages_of(job), job.folder, workers or num_cores(), on_stage)
         run_units(job, range(job.num_units), workers or num_cores(), on_bytes)
         return merge(job)
 
@@ -122,6 +147,17 @@ def _first(corpus: Corpus, max_bytes: int, on_bytes: OnBytes) -> Iterator[str]:
         left_bytes -= document.num_bytes
         if left_bytes <= 0:
             return
+
+
+def _benchmarks(files: Sequence[str | Path]) -> tuple[Index | None, str]:
+    """The index of benchmarks, and what they are known by."""
+    if not files:
+        return None, ""
+    check_installed("--decontaminate")
+    from megacode.data.decontaminate import Index, sha256
+
+    known = " ".join(f"{Path(file).name} {sha256(file)}" for file in files)
+    return Index.build(files), known
 
 
 @contextlib.contextmanager

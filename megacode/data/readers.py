@@ -65,11 +65,13 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Reject:
-    """A document that is left out, and why: `Fault.reason`, or the filter's."""
+    """A document that is left out, and why: `Fault.reason`, or the filter's, or the list's that drops it; and of what
+    holds text of a benchmark, the words that were found."""
 
     name: str
     line: int | None
     reason: str
+    found: str | None = None
 
 
 @dataclass

@@ -1,0 +1,175 @@
+"""Which documents hold text of a benchmark: a run of 10 words is enough, as for Qwen2.5-Coder and DeepSeek-Coder."""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megacode.data.words import Hashes, ngram_hashes, split, word_hashes
+from megacode.errors import UserError
+
+NGRAM = 10
+"""Words of a run that tells a benchmark's text."""
+SHORTEST = 3
+"""A text of fewer words than a run, but at least so many, is looked for as a whole; a shorter one cannot be."""
+FIELDS = (
+    *("prompt", "text", "question", "problem", "instruction", "description"),
+    *("canonical_solution", "solution", "code", "answer"),
+    *("test", "tests", "test_list", "challenge_test_list"),
+)
+"""Fields of a benchmark's record that are its text, in this order (HumanEval and MBPP, and what resembles them)."""
+_IMPORT = re.compile(r"^[ \t]*(?:import|from)[ \t].*$", re.MULTILINE)
+
+
+class Index:
+    """Runs of words of benchmarks.
+
+    Attributes:
+        names: The benchmarks.
+        num_skipped: Texts that nothing can be found by: of fewer than 3 words, or of little but numbers.
+    """
+
+    def __init__(self, names: Sequence[str], grams: dict[int, tuple[Hashes, Hashes]], num_skipped: int = 0) -> None:
+        self.names = list(names)
+        self.num_skipped = num_skipped
+        self._grams = grams
+
+    @classmethod
+    def build(cls, files: Sequence[str | Path]) -> "Index":
+        """Read benchmarks.
+
+        Args:
+            files: .jsonl, .jsonl.gz or .parquet (a problem a record) or any other UTF-8 text (one text as a whole).
+
+        Raises:
+            UserError: a file cannot be read, has no text in a known field, or two have the same name.
+        """
+        names = [Path(file).name for file in files]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"two --decontaminate files are named {name}; rename one, rejects tell them by name")
+        found: dict[int, dict[int, int]] = {}
+        num_skipped = 0
+        for number, file in enumerate(files):
+            for text in _texts(Path(file)):
+                length, hashes = _runs(text)
+                num_skipped += not hashes.size
+                for value in hashes.tolist():
+                    found.setdefault(length, {}).setdefault(value, number)
+        return cls(names, {length: _sorted(found[length]) for length in sorted(found)}, num_skipped)
+
+    def save(self, path: str | Path) -> None:
+        """Write the index; `load` reads it."""
+        arrays = {f"{kind}{n}": a for n, pair in self._grams.items() for kind, a in zip("hb", pair, strict=True)}
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, names=np.array(self.names), skipped=self.num_skipped, **arrays)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Index":
+        with np.load(path, allow_pickle=False) as file:
+            lengths = sorted(int(key[1:]) for key in file.files if key[0] == "h")
+            grams = {n: (file[f"h{n}"], file[f"b{n}"]) for n in lengths}
+            return cls(file["names"].tolist(), grams, int(file["skipped"]))
+
+    def find(self, text: str) -> tuple[str, str] | None:
+        """The first run of a document that stands in a benchmark too: the benchmark's name and the words."""
+        words = word_hashes(text)
+        for length, (hashes, benchmarks) in self._grams.items():
+            runs = ngram_hashes(words, length)
+            places = np.searchsorted(hashes, runs)
+            hits = np.flatnonzero(hashes[np.minimum(places, len(hashes) - 1)] == runs)
+            if hits.size:
+                first = int(hits[0])
+                name = self.names[int(benchmarks[places[first]])]
+                return name, " ".join(split(text)[first : first + length])
+        return None
+
+
+def sha256(file: str | Path) -> str:
+    """What a benchmark file is known by. Raises: UserError where it cannot be read."""
+    try:
+        with Path(file).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}; check --decontaminate") from None
+
+
+def _runs(text: str) -> tuple[int, Hashes]:
+    """Length of a text's runs, and their hashes; length 0 where the text is too short to be found by.
+
+    A run of which half or more are numbers tells nothing: 0 1 2 3 ... 9 stands in 1 % of all Python files, and in tests
+    of HumanEval. Nor do lines of imports.
+    """
+    text = _IMPORT.sub("", text)
+    words = split(text)
+    if len(words) < SHORTEST:
+        return 0, np.empty(0, np.uint64)
+    length = min(NGRAM, len(words))
+    hashes = ngram_hashes(word_hashes(text), length)
+    if length < NGRAM:
+        return length, hashes
+    numbers = np.cumsum([0, *(word[0].isdecimal() for word in words)])
+    return length, hashes[2 * (numbers[length:] - numbers[:-length]) < length]
+
+
+def _sorted(found: dict[int, int]) -> tuple[Hashes, Hashes]:
+    hashes = np.array(sorted(found), np.uint64)
+    return hashes, np.array([found[value] for value in hashes.tolist()], np.uint64)
+
+
+def _texts(file: Path) -> Iterator[str]:
+    """The texts of a benchmark file, one for each problem: its fields one after the other."""
+    try:
+        if file.name.endswith((".jsonl", ".jsonl.gz")):
+            for number, record in _json_records(file):
+                yield _joined(record, f"{file}:{number}")
+        elif file.name.endswith(".parquet"):
+            for number, record in enumerate(_parquet_records(file), 1):
+                yield _joined(record, f"{file}, row {number}")
+        else:
+            yield file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8; mend it or leave out --decontaminate {file}") from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"cannot read {file}: {error}; check --decontaminate") from None
+
+
+def _json_records(file: Path) -> Iterator[tuple[int, Any]]:
+    with gzip.open(file, "rt", encoding="utf-8") if file.name.endswith(".gz") else file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{file}:{number} is not JSON ({error}); mend the line") from None
+
+
+def _parquet_records(file: Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{file} needs pyarrow; install it: pip install -c constraints.txt -e '.[data]'") from None
+    try:
+        with parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(columns=[name for name in opened.schema_arrow.names if name in FIELDS]):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{file} is not Parquet as it should be ({error}); fetch it again") from None
+
+
+def _joined(record: Any, where: str) -> str:
+    values = [record[field] for field in FIELDS if record.get(field)] if isinstance(record, dict) else []
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where} has no text in any of the fields {', '.join(FIELDS)}; rename the benchmark's fields")
+    return "\n".join(texts)

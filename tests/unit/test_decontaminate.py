@@ -1,0 +1,99 @@
+"""What a benchmark's text is, and which documents hold it."""
+
+import gzip
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from megacode.data.decontaminate import Index
+from megacode.errors import UserError
+
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": "from typing import List\n\n\ndef close(numbers: List[float]) -> bool:\n"
+    '    """ Check if in given list of numbers, are any two closer to each other than half."""\n',
+    "canonical_solution": "    return any(abs(a - b) < 0.5 for i, a in enumerate(numbers) for b in numbers[i + 1:])\n",
+    "test": "def check(candidate):\n    assert candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2, 7.1, 9.9, 0.3, 6.25])\n",
+}
+MBPP = {
+    "task_id": 11,
+    "text": "Write a python function to remove first and last occurrence of a given character from the string.",
+    "code": "def remove_Occ(s, ch):\n    for i in range(len(s)):\n        if s[i] == ch:\n            break\n",
+    "test_list": ['assert remove_Occ("hello","l") == "heo"', 'assert remove_Occ("abcda","a") == "bcd"'],
+}
+
+
+@pytest.fixture
+def index(tmp_path):
+    (tmp_path / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(HUMANEVAL).encode() + b"\n"))
+    parquet.write_table(pyarrow.Table.from_pylist([MBPP]), tmp_path / "mbpp.parquet")
+    (tmp_path / "notes.txt").write_text("Do not tell anyone of these nine particular words")
+    (tmp_path / "short.jsonl").write_text('{"prompt": "Sum it up!"}\n{"prompt": "no words"}\n')
+    names = ("HumanEval.jsonl.gz", "mbpp.parquet", "notes.txt", "short.jsonl")
+    Index.build([tmp_path / name for name in names]).save(tmp_path / "index.npz")
+    return Index.load(tmp_path / "index.npz")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (HUMANEVAL["prompt"], "HumanEval.jsonl.gz"),
+        ("x = 1\n" + HUMANEVAL["canonical_solution"] + "y = 2\n", "HumanEval.jsonl.gz"),
+        ("# check IF in given list\n#   of numbers -- are any two closer, to each other?", "HumanEval.jsonl.gz"),
+        (MBPP["code"].replace("    ", "\t").replace("(s, ch)", "( s,ch )"), "mbpp.parquet"),
+        ('assert remove_Occ("hello", "l") == "heo"\nassert remove_Occ("abcda", "a") == "bcd"', "mbpp.parquet"),
+        ("so: do not tell anyone of these nine particular words.", "notes.txt"),
+        ("sum = 0\nsum_it(up)  # Sum it up", "short.jsonl"),
+        # Nine words of a longer text are too few.
+        ("check if in given list of numbers are any", None),
+        # Ten words, of which half or more are numbers.
+        ("[1.0, 2.0, 3.9, 4.0, 5.0, 2.2, 7.1, 9.9, 0.3, 6.25]", None),
+        # Words that come one behind the other only where imports are left out of the benchmark.
+        ("from typing import List\n\ndef close(numbers: List[float])", None),
+        ("tell anyone of these nine particular words", None),
+        ("", None),
+    ],
+)
+def test_which_documents_hold_a_benchmark(index, text, name):
+    found = index.find(text)
+    assert (found and found[0]) == name
+    assert index.num_skipped == 1
+
+
+def test_what_was_found_is_told(index):
+    name, run = index.find("a b c " + MBPP["text"])
+    assert (name, run) == ("mbpp.parquet", "write a python function to remove first and last occurrence")
+
+
+def test_files_that_are_not_benchmarks(tmp_path):
+    bad = {
+        "a.jsonl": (
+            '{"prompt": "x"}\n{"body": "x"}\n',
+            r"a\.jsonl:2 has no text in any of the fields prompt,",
+        ),
+        "b.jsonl": ("{\n", r"b\.jsonl:1 is not JSON"),
+        "c.jsonl": ('{"prompt": 1}\n', r"c\.jsonl:1 has no text"),
+        "d.parquet": ("x", r"d\.parquet is not Parquet"),
+        "e.jsonl.gz": ("x", r"cannot read .*e\.jsonl\.gz"),
+        "f.jsonl": ("[]\n", r"f\.jsonl:1 has no text"),
+    }
+    for name, (content, message) in bad.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=message):
+            Index.build([tmp_path / name])
+    (tmp_path / "g.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"g\.txt is not UTF-8"):
+        Index.build([tmp_path / "g.txt"])
+    with pytest.raises(UserError, match="cannot read"):
+        Index.build([tmp_path / "absent.txt"])
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "g.txt").write_text("x")
+    with pytest.raises(UserError, match=r"two --decontaminate files are named g\.txt"):
+        Index.build([tmp_path / "g.txt", tmp_path / "x" / "g.txt"])
+
+
+def test_texts_that_nothing_can_be_found_by_are_counted(tmp_path):
+    (tmp_path / "s.jsonl").write_text('{"code": "x = 1"}\n{"code": "1 2 3 4 5 6 7 8 9 10 11"}\n{"code": "a b c"}\n')
+    assert Index.build([tmp_path / "s.jsonl"]).num_skipped == 2
