@@ -30,7 +30,8 @@ from megacode.errors import UserError
 SUFFIXES = (".py",)
 EXCLUDE = (".git", ".venv", "__pycache__", "node_modules", "site-packages", "test", "tests")
 UNIT_BYTES = 64 << 20
-"""About how much of the inputs one unit is, as they lie on disk."""
+"""About how much of the inputs one unit is, as they lie on disk; less of small inputs, so that cores end together."""
+_SMALL_UNIT_BYTES, _ENOUGH_UNITS = 4 << 20, 128
 
 
 class Piece(NamedTuple):
@@ -122,8 +123,10 @@ class Corpus:
         """
         unit: list[Piece] = []
         num_bytes = 0
-        for piece in self._pieces():
-            if unit and num_bytes + piece.num_bytes > UNIT_BYTES:
+        files = self._files()
+        most = min(UNIT_BYTES, max(_SMALL_UNIT_BYTES, sum_bytes(files) // _ENOUGH_UNITS))
+        for piece in self._pieces(files, most):
+            if unit and num_bytes + piece.num_bytes > most:
                 yield tuple(unit)
                 unit, num_bytes = [], 0
             unit.append(piece)
@@ -164,20 +167,24 @@ class Corpus:
         path = Path(self.inputs[piece.input])
         return path / piece.name if path.is_dir() else path
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _files(self) -> list[Piece]:
         files = [
             Piece(number, name, stat.st_size, stat.st_mtime_ns, stat.st_size)
             for number, path in enumerate(self.inputs)
             for name, stat in _find(Path(path), self.taken, frozenset(self.exclude))
         ]
         files.sort(key=lambda file: (name_hash(file.name, "order"), file.name))
+        return files
+
+    def _pieces(self, files: Sequence[Piece], most: int) -> Iterator[Piece]:
+        """The files, large ones in stretches of `most` bytes."""
         for file in files:
             if file.name.endswith(".jsonl"):
-                for start in range(0, file.size, UNIT_BYTES):
-                    stop = min(start + UNIT_BYTES, file.size)
+                for start in range(0, file.size, most):
+                    stop = min(start + most, file.size)
                     yield file._replace(num_bytes=stop - start, start=start, stop=stop)
             elif file.name.endswith(PARQUET):
-                yield from _row_groups(file, parquet_groups(self.path(file)))
+                yield from _row_groups(file, parquet_groups(self.path(file)), most)
             else:
                 yield file
 
@@ -234,11 +241,11 @@ def is_valid(key: str, valid_fraction: float) -> bool:
     return name_hash(key, "split") < valid_fraction * 2**64
 
 
-def _row_groups(file: Piece, groups: Sequence[int]) -> Iterator[Piece]:
+def _row_groups(file: Piece, groups: Sequence[int], most: int) -> Iterator[Piece]:
     """A Parquet file's row groups, as many in one piece as come to a unit."""
     start = num_bytes = 0
     for group, size in enumerate(groups):
-        if num_bytes and num_bytes + size > UNIT_BYTES:
+        if num_bytes and num_bytes + size > most:
             yield file._replace(num_bytes=num_bytes, start=start, stop=group)
             start, num_bytes = group, 0
         num_bytes += size

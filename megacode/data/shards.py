@@ -218,6 +218,10 @@ class Shards:
         self.bin_sha256: str | None = self.facts.get("bin_sha256")
         self.checksums: list[tuple[int, str]] = [(size, digest) for size, digest in self.facts.get("checksums", [])]
 
+    def __reduce__(self) -> tuple[type["Shards"], tuple[Path]]:
+        """Processes that are given a shard open it again."""
+        return Shards, (self.prefix,)
+
     def document(self, index: int) -> IntArray:
         """Ids of a document, framing included: [tokens]."""
         assert 0 <= index < self.num_documents

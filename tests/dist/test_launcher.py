@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from support.launching import ENVIRONMENT, NUM_STEPS, ROOT, command, launch, met
 
 from megacode.checkpoint.store import CheckpointReader, newest
 from megacode.kernels import dispatch
+from megacode.tools.data.replay import as_json, open_step
 
 
 def assert_ledger(run):
@@ -36,6 +38,20 @@ def assert_same_run(run, straight):
     ours, theirs = (CheckpointReader(newest(folder)) for folder in (run, straight))
     for name in theirs.names:
         assert (ours.read(name) == theirs.read(name)).all(), name
+
+
+def assert_replayed(run, steps):
+    """The samples that `megacode data replay` makes again have as many labels of each kind as the steps counted."""
+    lines = {line["step"]: line for line in metrics(run) if "loss" in line}
+    for number in steps:
+        step = open_step(run, number)
+        assert step.unknown is None, "the run says what its shards were"
+        counts = Counter()
+        for sample in as_json(step, step.choose(None), tokens=True)["samples"]:
+            for part in sample["parts"]:
+                counts[part["kind"] in ("PSM", "SPM")] += sum(part["loss"])
+        assert {"train": counts.total()} == lines[number]["labels_by_source"]
+        assert counts[True] / counts.total() == pytest.approx(lines[number]["infilled_share"])
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +98,7 @@ def test_a_run_leaves_what_it_should(straight):
         assert file.stat().st_mode & 0o777 == (straight / "metrics.jsonl").stat().st_mode & 0o777, file
     assert sorted(folder.name for folder in (straight / "checkpoints").iterdir()) == ["step_00000004", "step_00000008"]
     assert yaml.safe_load((straight / "recipe.yaml").read_text())["model"]["vocabulary"] > 0
+    assert_replayed(straight, range(1, NUM_STEPS + 1))
 
 
 def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight):
@@ -115,6 +132,7 @@ def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight
     assert f"resuming from {run}/checkpoints/step_00000004 at step 4" in done.stdout
     assert_same_run(run, straight)
     assert_ledger(run)
+    assert_replayed(run, (3, 6))
 
 
 def signalled(arguments, rank, number, code):

@@ -215,7 +215,9 @@ def test_what_cannot_be_replayed(tmp_path, corpus, tokenizer):
         open_step(tmp_path / "run", 1)
     run = write_run(tmp_path / "run", recipe)
     for step in (0, -1, 51):
-        with pytest.raises(UserError, match=rf"--step is {step} and schedule\.steps of .* is 50; name a step from 1"):
+        with pytest.raises(
+            UserError, match=rf"--step is {step} and schedule\.steps of .* is 50; name a step from 1 to 50"
+        ):
             open_step(run, step)
     with pytest.raises(UserError, match="--sample is 16 and step 2 has samples 8 to 15"):
         open_step(run, 2).choose(16)

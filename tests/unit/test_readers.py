@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import os
 import struct
@@ -205,6 +206,14 @@ def test_units_share_a_file_at_line_ends(tmp_path_factory, texts, unit_bytes, ch
     whole = [(document.text, document.line, document.key) for document in corpus.documents()]
     assert found == whole
     assert base == path.read_bytes().count(b"\n") + (path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n"))
+
+
+def test_units_of_small_inputs_are_small(tmp_path):
+    for total, unit in ((1 << 20, 4 << 20), (1 << 30, 8 << 20), (1 << 40, 64 << 20)):
+        with (tmp_path / "d.jsonl").open("wb") as file:
+            file.truncate(total)
+        units = list(itertools.islice(Corpus([tmp_path / "d.jsonl"]).plan(), 2))
+        assert [piece.num_bytes for (piece,) in units] == [min(unit, total)] * len(units)
 
 
 def test_small_files_share_a_unit(tmp_path, monkeypatch):

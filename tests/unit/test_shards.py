@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -36,6 +37,14 @@ def hand_packed(documents, code, letter):
     index += struct.pack("<Q", count + 1) + struct.pack(f"<{count}i", *lengths) + struct.pack(f"<{count}q", *offsets)
     index += struct.pack(f"<{count + 1}q", *range(count + 1))
     return index, b"".join(struct.pack(f"<{len(document)}{letter}", *document) for document in documents)
+
+
+def test_a_shard_goes_to_other_processes_by_its_name(tmp_path):
+    write(tmp_path / "s")
+    shards = Shards(tmp_path / "s")
+    assert shards.tokens(0, 10).tolist() == [token for document in DOCUMENTS for token in document]
+    again = pickle.loads(pickle.dumps(shards))
+    assert (again.prefix, again.document(2).tolist()) == (shards.prefix, DOCUMENTS[2])
 
 
 def test_more_shards_open_than_a_process_may_have_files(tmp_path):

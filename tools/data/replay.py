@@ -84,8 +84,8 @@ def open_step(run: Path, step: int) -> Step:
     earlier = max((number for number in stands if number < step), default=None)
     path = run / "recipe.yaml" if later is None else stands[later] / "recipe.yaml"
     recipe = recipes.load(path)
-    if not 1 <= step <= recipe.schedule.steps:
-        raise UserError(f"--step is {step} and schedule.steps of {path} is {recipe.schedule.steps}; name a step from 1")
+    if not 1 <= step <= (last := recipe.schedule.steps):
+        raise UserError(f"--step is {step} and schedule.steps of {path} is {last}; name a step from 1 to {last}")
     size = recipe.batch.global_samples
     if later is not None:
         stand = _of_checkpoint(stands[later])
