@@ -50,7 +50,8 @@ class Progress:
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What the samples are blended of, in order: source -> weight, tokens, samples of an epoch, hash."""
     ledger: dict[str, dict[str, int]] = field(default_factory=dict)
-    """What was trained on: source -> samples, labels with loss, and those of them in infilling documents."""
+    """What all steps have seen, those whose update was left out too: source -> samples, labels with loss, and those of
+    them in infilling documents."""
 
 
 Read = Callable[[str, str], Tensor]
