@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -139,23 +141,41 @@ LINE = RECORD.map(lambda record: json.dumps(record).encode()) | st.binary(max_si
 PACKERS = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}
 
 
+def prepared(path, tokenizer):
+    """The facts of the shard that a file becomes, or None where it is refused."""
+    prefix = path.with_name("s")
+    with one_line(), opened("megacode.data.job", tokenizer), opened("megacode.data.prepare", tokenizer):
+        prepare(plan(Corpus([path]), tokenizer.path, prefix), workers=1)
+    written = {file.name for file in path.parent.iterdir()} - {path.name, "s.parts"}
+    if "s.idx" not in written:
+        assert not written, "no partial output"
+        return None
+    verify(prefix, tokenizer)
+    return Shards(prefix).facts
+
+
 @settings(deadline=None, max_examples=60)  # the machine may be busy
 @given(records=st.lists(LINE, max_size=12), end=st.sampled_from(sorted(PACKERS)), damage=st.just([]) | DAMAGE)
-def test_every_record_is_a_document_or_a_reject(tokenizer, records, end, damage):
+def test_every_line_is_a_document_or_a_reject(tokenizer, records, end, damage):
     with tempfile.TemporaryDirectory() as folder:
-        path, prefix = Path(folder, f"d{end}"), Path(folder, "s")
+        path = Path(folder, f"d{end}")
         path.write_bytes(damaged(PACKERS[end](b"\n".join(records)), damage, None))
-        with one_line(), opened("megacode.data.job", tokenizer), opened("megacode.data.prepare", tokenizer):
-            prepare(plan(Corpus([path]), tokenizer.path, prefix), workers=1)
-        written = {file.name for file in Path(folder).iterdir()} - {path.name, "s.parts"}
-        if "s.idx" not in written:
-            assert not written, "no partial output"
-            return
-        verify(prefix, tokenizer)
-        if not damage:
-            lines = sum(bool(line.strip(b" \t\r\v\f")) for line in records)
-            facts = Shards(prefix).facts
-            assert facts["num_documents"] + sum(facts["rejected"].values()) == lines
+        facts = prepared(path, tokenizer)
+    if facts and not damage:
+        lines = sum(bool(line.strip(b" \t\r\v\f")) for line in records)
+        assert facts["num_documents"] + sum(facts["rejected"].values()) == lines
+
+
+@settings(deadline=None, max_examples=60)  # the machine may be busy
+@given(texts=st.lists(st.none() | st.text(st.characters(exclude_categories=["Cs"]))), damage=st.just([]) | DAMAGE)
+def test_every_row_is_a_document_or_a_reject(tokenizer, texts, damage):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "d.parquet")
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}), path)
+        path.write_bytes(damaged(path.read_bytes(), damage, None))
+        facts = prepared(path, tokenizer)
+    if facts and not damage:
+        assert facts["num_documents"] + sum(facts["rejected"].values()) == len(texts)
 
 
 def test_nothing_in_data_files_is_run():

@@ -143,6 +143,16 @@ def test_a_long_document_is_shown_in_parts(tmp_path, tokenizer):
     assert len(result.stdout) < 5000
 
 
+def test_facts_do_not_speak_to_the_terminal(tmp_path):
+    with ShardWriter(tmp_path / "s", 10, source="\x1b[2J", tokenizer_sha256="\x1b]0;x\x07") as writer:
+        writer.add_document([1, 2])
+        writer.facts |= {"languages": {"\x1b[31mc": {"documents": 1, "tokens": 2, "bytes": 3}}, "rejected": {"\r": 1}}
+    result = invoke(tmp_path / "s")
+    assert result.exit_code == 0, result.exception
+    assert not set(result.stdout) & set("\x1b\r\x07")
+    assert "␛[31mc" in result.stdout
+
+
 def test_what_cannot_be_inspected(tmp_path):
     assert isinstance(invoke(tmp_path / "absent").exception, UserError)
     with ShardWriter(tmp_path / "s", 10):

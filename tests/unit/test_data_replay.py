@@ -253,7 +253,18 @@ def test_shards_that_have_changed(tmp_path, tokenizer, told_by):
         open_step(run, 1)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"progress": 1}', '{"progress": {"step": "x"}}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"progress": 1}',
+        '{"progress": {"step": 1, "next_sample": 8, "sources": [7]}}',
+        '{"progress": {"step": "x"}}',
+        "\xff",
+    ],
+)
 def test_a_damaged_manifest_is_one_line(tmp_path, corpus, tokenizer, content):
     recipe = recipe_of(tmp_path / "run", corpus, tokenizer)
     run = write_run(tmp_path / "run", recipe)

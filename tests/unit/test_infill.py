@@ -161,8 +161,10 @@ def test_layout_of_the_golden_vector(tokenizer):
     assert not tokenizer.piece(ids[place + 1]).startswith("▁")
 
 
+# Without names of special pieces: text that spells them stays text here and becomes those pieces in transformers.
 TEXTS = st.lists(
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(["    ", "def ", "\r\n", "😀"]),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1)
+    | st.sampled_from(["    ", "def ", "\r\n", "😀", "a < b"]),
     min_size=1,
 ).map("".join)
 

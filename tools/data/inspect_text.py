@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megacode.data import facts
 from megacode.data.lengths import Amount
 from megacode.tools.data.inspect import Found, bytes_per_token, classes
-from megacode.tools.data.painting import in_colours, legend, paint
+from megacode.tools.data.painting import in_colours, legend, paint, visible
 
 NEAREST, FARTHEST = 20, 60
 """Columns of the longest bar."""
@@ -15,6 +15,12 @@ NEAREST, FARTHEST = 20, 60
 
 def text(found: Found) -> Iterator[str]:
     """The lines that are printed."""
+    for part in (_counts, _plot, _fitting, _tables):
+        yield from map(visible, part(found))  # PREFIX.json may come from anyone
+    yield from _documents(found)
+
+
+def _counts(found: Found) -> Iterator[str]:
     shards, lengths = found.shards, found.lengths
     counts = f"{shards.num_documents:,} documents, {shards.num_tokens:,} tokens"
     yield f"{shards.prefix}: {counts} of {shards.itemsize} bytes"
@@ -27,10 +33,6 @@ def text(found: Found) -> Iterator[str]:
     yield f"tokenizer: {found.tokenizer}"
     mean = shards.num_tokens / shards.num_documents
     yield f"\nlengths in tokens: {lengths.shortest:,} to {lengths.longest:,}, mean {mean:,.1f}"
-    yield from _plot(found)
-    yield from _fitting(found)
-    yield from _tables(found)
-    yield from _documents(found)
 
 
 def _plot(found: Found) -> Iterator[str]:

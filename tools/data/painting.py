@@ -30,6 +30,11 @@ def paint(runs: Iterable[Run], colours: bool) -> str:
     return "".join(_paint(run, colours) for run in runs)
 
 
+def visible(text: str) -> str:
+    """Text from outside without control characters."""
+    return text.translate(_VISIBLE)
+
+
 def legend() -> str:
     """What the colours mean, in these colours."""
     parts: tuple[Role, ...] = ("prefix", "middle", "suffix", "marker")
@@ -37,6 +42,6 @@ def legend() -> str:
 
 
 def _paint(run: Run, colours: bool) -> str:
-    text = run.text.translate(_VISIBLE)
+    text = visible(run.text)
     codes = ";".join(filter(None, [COLOURS[run.role], "" if run.loss else _DIM]))
     return f"\x1b[{codes}m{text}\x1b[0m" if colours and codes else text

@@ -84,7 +84,8 @@ def open_step(run: Path, step: int) -> Step:
     earlier = max((number for number in stands if number < step), default=None)
     path = run / "recipe.yaml" if later is None else stands[later] / "recipe.yaml"
     recipe = recipes.load(path)
-    if not 1 <= step <= (last := recipe.schedule.steps):
+    last = recipe.schedule.steps
+    if not 1 <= step <= last:
         raise UserError(f"--step is {step} and schedule.steps of {path} is {last}; name a step from 1 to {last}")
     size = recipe.batch.global_samples
     if later is not None:
@@ -175,8 +176,8 @@ def _of_checkpoint(folder: Path) -> _Stand:
     path = folder / "manifest.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["progress"]
-        sources, order = values.get("sources"), values.get("order", 1)
-        return _Stand(path, int(values["step"]), int(values["next_sample"]), sources, int(order))
+        sources, order = dict(values.get("sources") or {}), int(values.get("order", 1))
+        return _Stand(path, int(values["step"]), int(values["next_sample"]), sources, order)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} cannot be read as a checkpoint's; move that folder away to do without it") from None
 

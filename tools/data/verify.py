@@ -9,6 +9,7 @@ from typing import Any
 from megacode.data.tokenizer import Tokenizer
 from megacode.data.verify import num_bytes, verify
 from megacode.errors import UserError
+from megacode.tools.data.painting import visible
 from megacode.tools.prepare import reading_bar
 
 
@@ -40,7 +41,7 @@ def verify_all(prefixes: Sequence[Path], tokenizer: Path | None) -> list[dict[st
                     print(f"{prefix}: not checked: {what}")
             except UserError as error:
                 result["problem"] = str(error)
-                print(f"{prefix}: WRONG: {error}")
+                print(visible(f"{prefix}: WRONG: {error}"))
             results.append(result)
     seconds, bad = time.monotonic() - begun, sum(result["problem"] is not None for result in results)
     print(

@@ -34,7 +34,9 @@ def verify_layouts(config: Recipe, texts: Sequence[str], scale: float, steps: in
     config, wanted = prepare(config, texts, scale)
     cuda, where = place(wanted)
     start_from = config.checkpoint.start_from or f"random weights of seed {config.seed}"
-    print(f"{describe(config)}\nfrom {start_from}, on {config.data.train}, by {where}", flush=True)
+    train = config.data.train
+    on = train if isinstance(train, str) else ", ".join(source.name for source in train)
+    print(f"{describe(config)}\nfrom {start_from}, on {on}, by {where}", flush=True)
 
     def world(size: int, timeout_seconds: float) -> Processes:
         return Processes(size, cuda, timeout_seconds)
