@@ -9,7 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 from support.world import World
+
+settings.register_profile("busy", deadline=None)  # the machine may be busy
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ def test_nodes_and_tasks(clusters):
     output = cluster.run("srun", "-N2", "--ntasks-per-node=2", "bash", "-c", "echo $SLURM_NODEID $SLURM_PROCID")
     assert sorted(output.split("\n"))[1:] == ["0 0", "0 1", "1 2", "1 3"]
     job = cluster.run("sbatch", "--parsable", "--hold", "--wrap=true").strip()
-    assert cluster.queued() == [job]
+    assert job in cluster.queued()  # with the one before, perhaps, while it ends
     cluster.run("scancel", job)
     cluster.wait()
 

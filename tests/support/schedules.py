@@ -30,7 +30,7 @@ LARGE = st.tuples(st.integers(9, 32), st.integers(1, 64)).map(lambda c: (*c, 1))
 def everywhere(check):
     """Make a test of a check of one case: every small case, and some large ones."""
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(LARGE)
     def sampled(case):
         check(case)

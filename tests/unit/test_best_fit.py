@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megacode.data.best_fit import count_bins, pack, stable_argsort
@@ -24,7 +24,6 @@ def one_by_one(sizes, capacity):
     return rooms
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.integers(1, 60), st.data())
 def test_it_is_best_fit_decreasing(capacity, data):
     sizes = np.array(data.draw(st.lists(st.integers(1, capacity), max_size=80)), np.int32)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megacode.data import blocks
@@ -43,7 +43,6 @@ def best_fit(source, length, tokenizer, rate=0.0, key=5):
     return BestFit(source, length, key, Infiller(tokenizer, rate, 0.5))
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(0, 40), max_size=40), st.integers(1, 12), st.integers(0, 4))
 def test_a_plan_has_every_token_once(lengths, sequence_length, reserve):
     lengths = np.array(lengths, np.int32)

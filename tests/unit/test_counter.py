@@ -4,7 +4,7 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megacode.data.counter import NUM_ROUNDS, below, chance, draw, draw_array, key_of, permute
@@ -62,7 +62,6 @@ def test_chance():
     assert abs(np.mean([chance(word, 0.9) for word in words]) - 0.9) < 0.0085, "four standard deviations"
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.integers(1, 400), st.integers(0, 3))
 def test_permute_is_a_permutation(size, epoch):
     keys = draw(key_of(0, epoch), 0, NUM_ROUNDS)

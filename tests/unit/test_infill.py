@@ -63,7 +63,6 @@ def test_layouts_by_the_formulas(path, tokenizer):
     assert infilling_prompt(prefix, suffix, tokenizer, True) == spm[: spm.index(mid) + 1] + processor.encode(prefix)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(TEXT, TEXT, TEXT)
 def test_psm_holds_the_whole_text(tokenizer, prefix, middle, suffix):
     ids = infilling_document(prefix, middle, suffix, tokenizer)
@@ -76,7 +75,6 @@ def test_psm_holds_the_whole_text(tokenizer, prefix, middle, suffix):
     assert text == (prefix + middle + suffix).replace("▁", " ")
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(TEXT, TEXT, TEXT)
 def test_spm_holds_the_whole_text(tokenizer, prefix, middle, suffix):
     ids = infilling_document(prefix, middle, suffix, tokenizer, suffix_first=True)
@@ -180,14 +178,13 @@ def oracle(path):
     return CodeLlamaTokenizer(vocab=vocabulary(proto), merges=merges(proto), unk_token="<unk>", add_prefix_space=False)
 
 
-@settings(deadline=None, max_examples=200)  # the machine may be busy
+@settings(max_examples=200)
 @given(TEXTS, TEXTS, st.booleans())
 def test_prompts_are_those_of_transformers(tokenizer, oracle, prefix, suffix, suffix_first):
     ids = oracle(prefix, suffix=suffix, suffix_first=suffix_first)["input_ids"]
     assert infilling_prompt(prefix, suffix, tokenizer, suffix_first) == ids
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 def test_cuts_never_break_a_character(tokenizer, text, first, second):
     """Each part is UTF-8 by itself: byte pieces of one character never lie on both sides of a cut."""

@@ -6,7 +6,7 @@ import json
 import textwrap
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
@@ -35,7 +35,6 @@ def stretches_of(tokenizer, stretch):
     return in_stretches(noted, tokenizer.model, stretch), given_texts, oracle
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(
     st.lists(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=5)

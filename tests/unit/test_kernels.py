@@ -51,7 +51,7 @@ def packed(draw):
     return batch, sequence, kv_heads * group, kv_heads, bounds
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(packed(), st.integers(0, 2**31))
 def test_attention_torch_is_the_definition(shape, seed):
     batch, sequence, heads, kv_heads, bounds = shape

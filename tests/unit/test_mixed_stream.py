@@ -187,7 +187,7 @@ def test_validation(folder, tokenizer, tmp_path):
         open_valid(section(folder, valid=f"{tmp_path}/foreign"), tokenizer, LENGTH)
 
 
-@settings(deadline=None, max_examples=150)  # the machine may be busy
+@settings(max_examples=150)
 @given(st.integers(0, 10_000), st.integers(0, 255), st.sampled_from(["concatenate", "best_fit"]), st.booleans())
 def test_a_damaged_index_is_no_other_error(tmp_path_factory, tokenizer, place, value, packing, counted):
     folder = tmp_path_factory.mktemp("shard")

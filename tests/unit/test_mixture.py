@@ -61,7 +61,7 @@ def test_steps_are_blended(weights, step):
         assert counts.std() < max(0.7 * spread, 1), "far from random draws"
 
 
-@settings(deadline=None, max_examples=20)  # the machine may be busy
+@settings(max_examples=20)
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=8), st.integers(0, 3 * PERIOD))
 def test_every_sample_of_a_source_comes_once_and_in_order_of_blocks(weights, block):
     mixture = make(weights)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megacode.data.packing import IGNORE, Piece, collate, join, padding
@@ -65,7 +65,6 @@ def test_what_is_not_to_be_predicted(document_masks):
     assert sample.tokens.tolist() == [*range(10, 16), *range(20, 24), 30, 31, 0, 0]
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.integers(1, 40), st.integers(0, 400), st.integers(0, 2**70))
 def test_every_epoch_visits_every_window_once(sequence_length, extra_tokens, seed):
     windows = Windows(sequence_length + 1 + extra_tokens, sequence_length, seed)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.shards import SOURCE
 
@@ -29,7 +29,6 @@ def of(found, role):
     return "".join(run.text for run in found if run.role == role)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(TEXT, TEXT, TEXT, st.booleans())
 @example(" ", "", "", True)
 @example("", " ", " ", False)
@@ -48,7 +47,6 @@ def test_the_parts_of_an_infilling_document(tokenizer, prefix, middle, suffix, s
     assert all(run.loss for run in found)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(TEXT, st.integers(0, 40), st.integers(0, 40))
 def test_loss_divides_a_document_and_no_text_is_lost(tokenizer, text, start, stop):
     ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]

@@ -173,7 +173,6 @@ def test_a_document_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     assert peak_bytes < 10 << 20
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.binary(max_size=12).map(lambda data: data.replace(b"z", b"\n"))), st.integers(0, 12))
 def test_lines_of_chunks(blocks, limit):
     data = b"".join(blocks)
@@ -185,7 +184,6 @@ def test_lines_of_chunks(blocks, limit):
     assert list(lines(iter(blocks), limit)) == expected
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.text("ab\u00e9", max_size=12), max_size=30), st.integers(1, 40), st.integers(1, 40))
 def test_units_share_a_file_at_line_ends(tmp_path_factory, texts, unit_bytes, chunk_bytes):
     path = tmp_path_factory.mktemp("lines") / "d.jsonl"
@@ -290,7 +288,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, data, message):
     assert "\n" not in str(caught.value)
 
 
-@settings(deadline=None, max_examples=60)  # the machine may be busy
+@settings(max_examples=60)
 @given(st.data())
 def test_damaged_files_give_documents_or_a_user_error(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("files")

@@ -31,7 +31,7 @@ def rows(lines, pipeline):
     return [re.fullmatch(r"rank (\d+) +(.*)", line)[2] for line in lines[:pipeline]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(SMALL), BACKWARDS)
 def test_each_operation_is_drawn_by_name_where_it_is_in_time(case, backward):
     pipeline, _, virtual = case
@@ -52,7 +52,7 @@ def test_each_operation_is_drawn_by_name_where_it_is_in_time(case, backward):
             assert abs(match.end() - timed.stop * columns) <= 0.5 + 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(SMALL) | LARGE, BACKWARDS, st.integers(40, 200))
 def test_a_drawing_is_no_wider_than_the_terminal(case, backward, width):
     """Where it is cut, it is cut in every row, and what is drawn is the drawing's beginning and end."""

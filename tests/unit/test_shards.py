@@ -89,7 +89,6 @@ def test_megatrons_own_files_open(tmp_path, code, letter):
     shards.verify()
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=9), max_size=30), st.integers(1, 7))
 def test_what_was_written_is_read(tmp_path_factory, documents, block):
     prefix = tmp_path_factory.mktemp("shard") / "s"
@@ -270,7 +269,7 @@ def use(prefix):
     return faults
 
 
-@settings(deadline=None, max_examples=300)  # the machine may be busy
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_files_give_a_working_shard_or_a_user_error(tmp_path_factory, data):
     prefix = tmp_path_factory.mktemp("shard") / "s"
@@ -300,7 +299,6 @@ ANY_JSON = st.recursive(
 )
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(key=st.sampled_from(["tokenizer_sha256", "vocabulary", "checksums", "bin_sha256", "num_tokens"]), value=ANY_JSON)
 def test_any_value_in_the_json_gives_a_working_shard_or_a_user_error(tmp_path_factory, key, value):
     prefix = tmp_path_factory.mktemp("shard") / "s"

@@ -28,7 +28,7 @@ def write(prefix, documents, spans=None):
 DOCUMENTS = st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=30), min_size=1, max_size=40)
 
 
-@settings(deadline=None, max_examples=50)  # the machine may be busy
+@settings(max_examples=50)
 @given(st.lists(DOCUMENTS, min_size=1, max_size=5), st.data())
 def test_it_is_one_shard(tmp_path_factory, shards, data):
     folder = tmp_path_factory.mktemp("source")

@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megacode.data import spans as spans_module
@@ -64,7 +64,6 @@ DOCUMENT = st.lists(st.integers(1, 5), max_size=8).map(
 )
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.lists(DOCUMENT, max_size=6), max_size=5), st.integers(1, 3))
 def test_merging(tmp_path_factory, parts, block):
     folder = tmp_path_factory.mktemp("spans")
@@ -104,7 +103,6 @@ def test_foreign_and_truncated_files(tmp_path):
             Spans(tmp_path / "s", 3)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.integers(0, 200), st.integers(0, 255))
 def test_a_damaged_byte_is_no_other_error(tmp_path_factory, place, value):
     folder = tmp_path_factory.mktemp("spans")

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
@@ -206,7 +206,6 @@ def test_a_shard_without_our_framing_is_never_infilled(tmp_path, tokenizer):
     assert batch.counts["irreversible"] > 10
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(
     st.integers(0, 10),
     st.integers(1, 4),

@@ -11,7 +11,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 
@@ -69,7 +69,6 @@ def test_a_document_with_the_trainers_reserved_character_still_counts(tmp_path):
     assert Tokenizer(tmp_path / "t.model").vocabulary == 516
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(ANY_TEXT)
 def test_every_text_comes_back(tokenizer, text):
     back = text.replace("▁", " ")
@@ -78,7 +77,6 @@ def test_every_text_comes_back(tokenizer, text):
     assert not any(tokenizer.is_control(row) for row in tokenizer.encode(text) + tokenizer.encode_continuation(text))
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(ANY_TEXT)
 def test_continuation_is_code_llamas_encoding_behind_a_character(tokenizer, text):
     # The reference encodes a text without dummy prefix behind a rare character. Here that is several byte tokens, of
@@ -214,7 +212,6 @@ def test_a_tokenizer_travels_to_another_process(tokenizer):
     assert again.encode("def f():") == tokenizer.encode("def f():")
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 1015), max_size=12))
 def test_decoding_any_ids_is_sentencepieces(tokenizer, path, ids):
     assert tokenizer.decode_continuation(ids) == engines.processor(tokenizer.model, dummy_prefix=False).decode(ids)
