@@ -8,7 +8,17 @@ import typer
 
 from megacode import cli
 from megacode.errors import UserError
-from megacode.tools.bench import communication, kernels, memory, optimizer, pipeline, scaling, train_cpu, train_gpu
+from megacode.tools.bench import (
+    communication,
+    kernels,
+    loading,
+    memory,
+    optimizer,
+    pipeline,
+    scaling,
+    train_cpu,
+    train_gpu,
+)
 from megacode.tools.output import json_output
 
 
@@ -55,8 +65,9 @@ def parameters(command, path=()):
 def test_it_takes_a_file_in_every_command():
     app = typer.main.get_command(cli.app)
     found = {words[:-1]: words[-1] for words in parameters(app) if "--json" in words[-1].opts}
-    assert set(found) == {("convert", "to-hf"), ("doctor",), ("plan",), ("schedule",), ("verify",)}
-    for bench in (communication, kernels, memory, optimizer, pipeline, scaling, train_cpu, train_gpu):
+    data = {("data", name) for name in ("inspect", "replay", "verify")}
+    assert set(found) == data | {("convert", "to-hf"), ("doctor",), ("plan",), ("schedule",), ("verify",)}
+    for bench in (communication, kernels, loading, memory, optimizer, pipeline, scaling, train_cpu, train_gpu):
         one = typer.Typer()
         one.command()(bench.main)
         (found[bench.__name__],) = [p for p in typer.main.get_command(one).params if "--json" in p.opts]
