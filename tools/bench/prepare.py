@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -175,6 +175,12 @@ def check(rows: Sequence[Row]) -> None:
             raise RuntimeError(f"{row.name} makes {row.tokens} tokens of the text, and {first.name} {first.tokens}")
 
 
+def result(engine: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """What is written for programs."""
+    figures = [{"per_core": row.per_core, "per_cpu_second": row.per_cpu_second} for row in rows]
+    return {"engine": engine, "rows": [asdict(row) | own for row, own in zip(rows, figures, strict=True)]}
+
+
 def main(
     small: Annotated[int, typer.Option(min=1, help="MB of text that all contestants tokenize.")] = 50,
     large: Annotated[int, typer.Option(min=0, help="MB of text that megacode tokenizes besides; 0 for none.")] = 1000,
@@ -202,20 +208,13 @@ def main(
         contestants = [("megacode", 1), ("megacode", 2), ("sentencepiece", 1), ("datatrove", 1), ("datatrove", 2)]
         rows = {(name, workers, small): Row(name, workers, amounts[small]) for name, workers in contestants}
         rows |= {("megacode", n, large): Row("megacode", n, amounts[large]) for n in (1, 2) if large}
-        for _ in range(rounds):
+        found = list(rows.values())
+        for number in range(rounds):
             for (_, _, size), row in rows.items():
                 round_of(row, corpora[size], model, Path(scratch))
-        found = list(rows.values())
-        check(found)
+            check(found)
+            write(result(engine, found), whole=number == rounds - 1)
         print("\n".join([f"megacode's engine: {engine}", *table(found)]))
-        write(
-            {
-                "engine": engine,
-                "rows": [
-                    asdict(row) | {"per_core": row.per_core, "per_cpu_second": row.per_cpu_second} for row in found
-                ],
-            }
-        )
 
 
 if __name__ == "__main__":
