@@ -53,18 +53,28 @@ class Mixture:
         self._starts = ups + np.concatenate([[0], np.cumsum(shares // PERIOD)])  # [blocks, sources + 1]
         self._before = np.zeros((PERIOD + 1, len(shares)), np.int64)  # [blocks + 1, sources]; samples of earlier blocks
         np.cumsum(np.diff(self._starts, axis=1), axis=0, out=self._before[1:])
+        self._blocks: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}  # the last two that were asked for
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """The source of a sample, and the number of the sample among those of the source."""
+        """The source of a sample, and how many samples before it are of that source."""
         if len(self.weights) == 1:
             return 0, sample
         block, slot = divmod(sample, BLOCK)
         period, block = divmod(block, PERIOD)
-        place = slot * _MULTIPLIER % BLOCK
-        starts = self._starts[block]
-        source = int(np.searchsorted(starts, place, "right")) - 1
-        before = period * int(self._shares[source]) + int(self._before[block, source])
-        return source, before + place - int(starts[source])
+        sources, ranks = self._slots(block)
+        source = int(sources[slot])
+        return source, period * int(self._shares[source]) + int(self._before[block, source]) + int(ranks[slot])
+
+    def _slots(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of each sample of a block the source, and how many in the block before it are of that: [BLOCK], [BLOCK]."""
+        if block not in self._blocks:
+            places = np.arange(BLOCK) * _MULTIPLIER % BLOCK
+            sources = np.searchsorted(self._starts[block], places, "right") - 1
+            starts = self._starts[block]
+            ranks = np.empty(BLOCK, np.int64)
+            ranks[np.argsort(sources, kind="stable")] = np.arange(BLOCK) - np.repeat(starts[:-1], np.diff(starts))
+            self._blocks = {**dict([*self._blocks.items()][-1:]), block: (sources, ranks)}
+        return self._blocks[block]
 
     def counts(self, num_samples: int) -> list[int]:
         """How many of the first samples are of each source."""
@@ -72,7 +82,5 @@ class Mixture:
             return [num_samples]
         block, rest = divmod(num_samples, BLOCK)
         period, block = divmod(block, PERIOD)
-        places = np.arange(rest) * _MULTIPLIER % BLOCK
-        sources = np.searchsorted(self._starts[block], places, "right") - 1
-        partial: NDArray[np.int64] = np.bincount(sources, minlength=len(self.weights))
+        partial: NDArray[np.int64] = np.bincount(self._slots(block)[0][:rest], minlength=len(self.weights))
         return [int(n) for n in period * self._shares + self._before[block] + partial]

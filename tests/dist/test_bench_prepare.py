@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from support.exports import train_tokenizer
 
-from megacode.tools.bench.prepare import Row, check, table, write_corpus
+from megacode.tools.bench.prepare import Row, check, cpu_seconds, family, peak_bytes, table, write_corpus
 
 
 def test_all_contestants_make_the_same_tokens(tmp_path):
@@ -33,6 +34,17 @@ def test_the_corpus_has_the_text_it_says(tmp_path):
     sizes = [sum(len(text.encode()) for text in half) for half in texts]
     assert sum(sizes) == megabytes * 1e6 >= 1e6
     assert abs(sizes[0] - sizes[1]) < 2 * max(len(text.encode()) for half in texts for text in half)
+
+
+def test_what_processes_use_is_seen():
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'sum(range(10**7)); input()'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        while max(cpu_seconds(pid) for pid in family(process.pid)) < 0.1 or len(list(family(process.pid))) < 2:
+            assert process.poll() is None
+            time.sleep(0.02)
+        assert all(10e6 > peak_bytes(pid) / 10 > 3e5 for pid in family(process.pid))
+        process.communicate(b"\n")
+    assert (cpu_seconds(process.pid), peak_bytes(process.pid)) == (0.0, 0)
 
 
 def test_other_tokens_end_the_comparison():

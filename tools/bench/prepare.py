@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import sysconfig
@@ -102,24 +101,28 @@ def write_tokenizer(path: Path) -> None:
 def run(row: Row, command: Sequence[str], folder: Path) -> str:
     """Run a contestant once, and note its time and memory; the last line that it printed."""
     said = folder / "said"
-    started, before = time.monotonic(), _cpu_seconds()
+    started, used = time.monotonic(), dict[int, float]()
     with said.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **_THREADS})
         while process.poll() is None:
-            row.peak_bytes = max(row.peak_bytes, *map(peak_bytes, family(process.pid)))
+            for pid in family(process.pid):
+                row.peak_bytes = max(row.peak_bytes, peak_bytes(pid))
+                used[pid] = max(used.get(pid, 0.0), cpu_seconds(pid))
             time.sleep(_LOOK_SECONDS)
     row.seconds.append(time.monotonic() - started)
-    row.cpu_seconds.append(_cpu_seconds() - before)
+    row.cpu_seconds.append(sum(used.values()))
     text = said.read_text()
     if process.returncode:
         raise RuntimeError(f"{row.name} ended with {process.returncode}: {text.strip()[-500:]}")
     return text.strip().split("\n")[-1]
 
 
-def _cpu_seconds() -> float:
-    """What ended processes below this one have used."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def cpu_seconds(pid: int) -> float:
+    """What a process has used. Not from getrusage: that leaves out those that nobody waited for."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def family(pid: int) -> Iterator[int]:
