@@ -134,7 +134,7 @@ def _export(library: Path, run: Path, target: Path) -> dict[str, Any]:
     """The receipt of the export, comparing on every validation document."""
     from megacode.checkpoint.hf import RECEIPT
     from megacode.checkpoint.store import newest
-    from megacode.data.corpus import Corpus, is_valid
+    from megacode.data.preparing.corpus import Corpus, is_valid
     from megacode.tools import convert
 
     checkpoint = newest(run)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from megacode.data.stages import BENCHMARKS, EXACT, NEAR, OnStage, check_installed
+from megacode.data.preparing.stages import BENCHMARKS, EXACT, NEAR, OnStage, check_installed
 from megacode.errors import UserError
 
 if TYPE_CHECKING:
-    from megacode.data.job import Job
-    from megacode.data.prepare import Summary
-    from megacode.data.streams import OnBytes
+    from megacode.data.preparing.job import Job
+    from megacode.data.preparing.prepare import Summary
+    from megacode.data.preparing.streams import OnBytes
 
 DEFAULT_MEMORY_GB = 4
 
@@ -48,14 +48,14 @@ def check_executor(executor: Executor, slurm_options: Mapping[str, object]) -> N
         raise UserError(f"{given[0]} needs --executor slurm; leave it out, or send the work to a cluster")
     if executor == Executor.SLURM:
         check_installed("--executor slurm")
-        from megacode.data.slurm import check
+        from megacode.data.preparing.slurm import check
 
         check()
 
 
 def tell_skipped(job: Job) -> None:
     """Say how many texts of benchmarks are not looked for."""
-    from megacode.data.decontaminate import SHORTEST, Index
+    from megacode.data.preparing.decontaminate import SHORTEST, Index
 
     if num := Index.load(job.folder / BENCHMARKS).num_skipped:
         typer.echo(f"{num:,} texts of benchmarks are not looked for: under {SHORTEST} words, or only numbers")
@@ -63,7 +63,7 @@ def tell_skipped(job: Job) -> None:
 
 def on_this_machine(job: Job, workers: int | None) -> Summary:
     """Run a job with progress bars."""
-    from megacode.data.prepare import prepare
+    from megacode.data.preparing.prepare import prepare
 
     with _bars(job.num_bytes) as (on_bytes, on_stage):
         return prepare(job, workers, on_bytes, on_stage)
@@ -80,7 +80,7 @@ def on_cluster(
     Raises:
         UserError: SLURM refuses the jobs, or one failed.
     """
-    from megacode.data.slurm import Request, submit
+    from megacode.data.preparing.slurm import Request, submit
 
     request = Request(partition, time, memory_gb or DEFAULT_MEMORY_GB, workers)
     submission = submit(job, request)

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from megacode.data.corpus import EXCLUDE, SUFFIXES, Corpus
-from megacode.data.filters import MAX_DOCUMENT_BYTES, Filters
-from megacode.data.readers import Fields
+from megacode.data.preparing.corpus import EXCLUDE, SUFFIXES, Corpus
+from megacode.data.preparing.filters import MAX_DOCUMENT_BYTES, Filters
+from megacode.data.preparing.readers import Fields
 from megacode.errors import UserError
 from megacode.tools.executors import Duplicates, Executor, check_executor, on_cluster, on_this_machine, tell_skipped
 
@@ -91,7 +91,7 @@ def prepare(
 
     Example: megacode prepare src/ --tokenizer tokenizer.model --output data/train --valid data/valid
     """
-    from megacode.data.prepare import plan
+    from megacode.data.preparing.prepare import plan
 
     check_executor(executor, {"--partition": partition, "--time": time, "--memory-gb": memory_gb, "--wait": wait})
     if valid is None and valid_fraction is not None:

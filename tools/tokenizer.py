@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from megacode.data.corpus import EXCLUDE, Corpus, sum_bytes
-from megacode.data.readers import Fields
+from megacode.data.preparing.corpus import EXCLUDE, Corpus, sum_bytes
+from megacode.data.preparing.readers import Fields
 from megacode.tools.prepare import Excludes, Inputs, Suffixes, TextField, reading_bar
 
 app = typer.Typer(help="Train a SentencePiece tokenizer with the infilling pieces, or check one.", no_args_is_help=True)
@@ -30,7 +30,7 @@ def train(
 
     Example: megacode tokenizer train src/ --output tokenizer.model --pieces 32000
     """
-    from megacode.data.prepare import train_tokenizer
+    from megacode.data.preparing.prepare import train_tokenizer
     from megacode.data.tokenizer import Tokenizer
 
     taken = tuple(suffix or ()), tuple(exclude or EXCLUDE)

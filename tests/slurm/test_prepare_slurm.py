@@ -33,8 +33,8 @@ def cluster(clusters, monkeypatch):
     cluster = clusters(2, 8)
     for name, value in {**cluster.environment, "PYTHONPATH": str(ROOT)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("megacode.data.slurm.POLL_SECONDS", 0.3)
-    monkeypatch.setattr("megacode.data.corpus.UNIT_BYTES", UNIT_BYTES)
+    monkeypatch.setattr("megacode.data.preparing.slurm.POLL_SECONDS", 0.3)
+    monkeypatch.setattr("megacode.data.preparing.corpus.UNIT_BYTES", UNIT_BYTES)
     yield cluster
     cluster.wait()
 

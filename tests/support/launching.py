@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from megacode.data.corpus import Corpus
-from megacode.data.prepare import plan, prepare
+from megacode.data.preparing.corpus import Corpus
+from megacode.data.preparing.prepare import plan, prepare
 from support.exports import train_tokenizer
 
 ROOT = Path(__file__).parents[2]

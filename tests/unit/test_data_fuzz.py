@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.shards import SOURCE, write_code
 
-from megacode.data.corpus import Corpus
-from megacode.data.prepare import plan, prepare
+from megacode.data.preparing.corpus import Corpus
+from megacode.data.preparing.prepare import plan, prepare
 from megacode.data.shards import Shards
 from megacode.data.source import Source
 from megacode.data.stream import TrainStream, ValidationStream
@@ -144,7 +144,11 @@ PACKERS = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.
 def prepared(path, tokenizer):
     """The facts of the shard that a file becomes, or None where it is refused."""
     prefix = path.with_name("s")
-    with one_line(), opened("megacode.data.job", tokenizer), opened("megacode.data.prepare", tokenizer):
+    with (
+        one_line(),
+        opened("megacode.data.preparing.job", tokenizer),
+        opened("megacode.data.preparing.prepare", tokenizer),
+    ):
         prepare(plan(Corpus([path]), tokenizer.path, prefix), workers=1)
     written = {file.name for file in path.parent.iterdir()} - {path.name, "s.parts"}
     if "s.idx" not in written:
@@ -181,7 +185,7 @@ def test_every_row_is_a_document_or_a_reject(tokenizer, texts, damage):
 
 def test_nothing_in_data_files_is_run():
     """Neither pickle nor eval, nor a reader that would."""
-    for path in sorted((ROOT / "megacode/data").glob("*.py")):
+    for path in sorted((ROOT / "megacode/data").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}

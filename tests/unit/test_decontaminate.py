@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megacode.data.decontaminate import Index
+from megacode.data.preparing.decontaminate import Index
 from megacode.errors import UserError
 
 HUMANEVAL = {

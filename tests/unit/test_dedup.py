@@ -13,13 +13,13 @@ import pytest
 from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
 from support.preparing import UNIT_BYTES, benchmark, contaminated, raise_signal, rejects, write_corpus
 
-from megacode.data import words
-from megacode.data.corpus import Corpus
-from megacode.data.dedup import NUM_BUCKETS, Signature, duplicates
-from megacode.data.local import LocalExecutor, pool
-from megacode.data.prepare import plan, prepare
+from megacode.data.preparing import words
+from megacode.data.preparing.corpus import Corpus
+from megacode.data.preparing.dedup import NUM_BUCKETS, Signature, duplicates
+from megacode.data.preparing.local import LocalExecutor, pool
+from megacode.data.preparing.prepare import plan, prepare
+from megacode.data.preparing.stages import check_installed, stages_of
 from megacode.data.shards import Shards
-from megacode.data.stages import check_installed, stages_of
 from megacode.data.tokenizer import train
 from megacode.errors import UserError
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def small_units(monkeypatch):
-    monkeypatch.setattr("megacode.data.corpus.UNIT_BYTES", UNIT_BYTES)
+    monkeypatch.setattr("megacode.data.preparing.corpus.UNIT_BYTES", UNIT_BYTES)
 
 
 def bytes_of(prefix):
@@ -176,6 +176,6 @@ def test_words_of_a_long_text_are_not_cut(monkeypatch):
 
 
 def test_without_the_extra(monkeypatch):
-    monkeypatch.setattr("megacode.data.stages.NEEDED", ("datatrove", "absent_package"))
+    monkeypatch.setattr("megacode.data.preparing.stages.NEEDED", ("datatrove", "absent_package"))
     with pytest.raises(UserError, match=r"--dedup needs absent_package; install the extra: pip install .*\[data\]"):
         check_installed("--dedup")

@@ -1,11 +1,11 @@
-"""megacode.data.filters and languages: which documents are left out."""
+"""megacode.data.preparing.filters and languages: which documents are left out."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacode.data.filters import Filters, code_reason, num_letters, visible
-from megacode.data.languages import language_of, suffixes_of
+from megacode.data.preparing.filters import Filters, code_reason, num_letters, visible
+from megacode.data.preparing.languages import language_of, suffixes_of
 
 CODE = "def f(x):\n    return x + 1\n"
 
@@ -56,7 +56,7 @@ def test_letters_are_those_of_unicode(text):
 
 
 def test_letters_are_counted_in_blocks(monkeypatch):
-    monkeypatch.setattr("megacode.data.filters._BLOCK", 2)
+    monkeypatch.setattr("megacode.data.preparing.filters._BLOCK", 2)
     assert num_letters("aé1b中") == 4
 
 

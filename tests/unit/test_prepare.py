@@ -1,4 +1,4 @@
-"""megacode.data.job, parts, pool and prepare, and the commands over them."""
+"""megacode.data.preparing.job, parts, pool and prepare, and the commands over them."""
 
 import gzip
 import inspect
@@ -17,13 +17,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from megacode.data import corpus as corpus_module
-from megacode.data import parts, pool
-from megacode.data.corpus import Corpus, is_valid
-from megacode.data.filters import Filters
-from megacode.data.job import Job, documents
-from megacode.data.parts import frame, merge, run_unit
-from megacode.data.prepare import plan, prepare, train_tokenizer
+from megacode.data.preparing import corpus as corpus_module
+from megacode.data.preparing import parts, pool
+from megacode.data.preparing.corpus import Corpus, is_valid
+from megacode.data.preparing.filters import Filters
+from megacode.data.preparing.job import Job, documents
+from megacode.data.preparing.parts import frame, merge, run_unit
+from megacode.data.preparing.prepare import plan, prepare, train_tokenizer
 from megacode.data.shards import Shards
 from megacode.data.spans import Spans
 from megacode.data.tokenizer import Tokenizer
@@ -323,8 +323,8 @@ def test_a_worker_that_is_killed_is_told(slow_job, tmp_path):
 
 WORK = """
 import sys
-from megacode.data.job import Job
-from megacode.data.prepare import prepare
+from megacode.data.preparing.job import Job
+from megacode.data.preparing.prepare import prepare
 prepare(Job.load(sys.argv[1]), 2)
 """
 

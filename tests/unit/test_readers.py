@@ -1,4 +1,4 @@
-"""megacode.data.corpus, readers and streams: what is read from which file, and what is said of bad ones."""
+"""megacode.data.preparing.corpus, readers and streams: what is read from which file, and what is said of bad ones."""
 
 import gzip
 import io
@@ -16,12 +16,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacode.data import corpus as corpus_module
-from megacode.data import readers, streams
-from megacode.data.corpus import Corpus
-from megacode.data.filters import Filters
-from megacode.data.readers import Fields, Reject, Watch
-from megacode.data.streams import lines
+from megacode.data.preparing import corpus as corpus_module
+from megacode.data.preparing import readers, streams
+from megacode.data.preparing.corpus import Corpus
+from megacode.data.preparing.filters import Filters
+from megacode.data.preparing.readers import Fields, Reject, Watch
+from megacode.data.preparing.streams import lines
 from megacode.errors import UserError
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from megacode.data import slurm
-from megacode.data.slurm import Submission
-from megacode.data.stages import Stage
+from megacode.data.preparing import slurm
+from megacode.data.preparing.slurm import Submission
+from megacode.data.preparing.stages import Stage
 from megacode.errors import UserError
 
 STAGES = [Stage("sign", [], 3), Stage("merge", [], 1)]

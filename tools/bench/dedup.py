@@ -17,10 +17,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from megacode.data.corpus import Corpus
-from megacode.data.job import Job, documents
-from megacode.data.prepare import plan
-from megacode.data.stages import NEAR, Stage, check_installed, run_local, stages_of
+from megacode.data.preparing.corpus import Corpus
+from megacode.data.preparing.job import Job, documents
+from megacode.data.preparing.prepare import plan
+from megacode.data.preparing.stages import NEAR, Stage, check_installed, run_local, stages_of
 from megacode.data.tokenizer import train
 from megacode.tools.bench.prepare import sources
 from megacode.tools.bench.processes import command_line
@@ -115,8 +115,8 @@ def dropped(job: Job, num_documents: int) -> list[str | None]:
 
 def similarities(texts: Sequence[str]) -> list[float]:
     """The Jaccard similarity of each text to that other one which is most like it, by counting."""
-    from megacode.data.dedup import SHINGLE
-    from megacode.data.words import ngram_hashes, word_hashes
+    from megacode.data.preparing.dedup import SHINGLE
+    from megacode.data.preparing.words import ngram_hashes, word_hashes
 
     runs = [np.unique(ngram_hashes(word_hashes(text), SHINGLE)).tolist() for text in texts]
     having: dict[int, list[int]] = defaultdict(list)
@@ -169,10 +169,10 @@ def speeds(made: Made, job: Job, folder: Path, rounds: int) -> dict[str, float]:
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
     from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
-    from megacode.data import words
-    from megacode.data.decontaminate import Index
-    from megacode.data.dedup import Signature
-    from megacode.data.stages import BENCHMARKS
+    from megacode.data.preparing import words
+    from megacode.data.preparing.decontaminate import Index
+    from megacode.data.preparing.dedup import Signature
+    from megacode.data.preparing.stages import BENCHMARKS
 
     class Split(WhitespaceTokenizer):
         """Without spaCy."""

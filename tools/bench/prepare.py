@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megacode.data.corpus import Corpus
+from megacode.data.preparing.corpus import Corpus
 from megacode.data.shards import Shards
 from megacode.data.tokenizer import Tokenizer, train
 from megacode.errors import UserError

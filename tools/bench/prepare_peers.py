@@ -13,8 +13,8 @@ from pathlib import Path
 
 def megacode(workers: int, tokenizer: Path, corpus: Path, folder: Path) -> int:
     """`megacode prepare`, without its command line."""
-    from megacode.data.corpus import Corpus
-    from megacode.data.prepare import plan, prepare
+    from megacode.data.preparing.corpus import Corpus
+    from megacode.data.preparing.prepare import plan, prepare
 
     prepare(plan(Corpus([corpus], suffixes=(".jsonl",)), tokenizer, folder / "out"), workers)
     return 0

@@ -26,10 +26,10 @@ from typing import Any
 from datatrove.executor import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from megacode.data.job import Job
-from megacode.data.local import AGAIN
-from megacode.data.parts import merge, run_unit
-from megacode.data.stages import OnStage, Stage, stages_of
+from megacode.data.preparing.job import Job
+from megacode.data.preparing.local import AGAIN
+from megacode.data.preparing.parts import merge, run_unit
+from megacode.data.preparing.stages import OnStage, Stage, stages_of
 from megacode.errors import UserError
 
 POLL_SECONDS = 5.0

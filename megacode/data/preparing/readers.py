@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from megacode.data.filters import MAX_DOCUMENT_BYTES
-from megacode.data.streams import OnBytes, chunks, lines
+from megacode.data.preparing.filters import MAX_DOCUMENT_BYTES
+from megacode.data.preparing.streams import OnBytes, chunks, lines
 from megacode.errors import UserError
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

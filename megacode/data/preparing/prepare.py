@@ -10,18 +10,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megacode.data.corpus import Corpus
-from megacode.data.job import Job
-from megacode.data.parts import cannot_write, merge
-from megacode.data.pool import num_cores, run_units
-from megacode.data.readers import Watch
-from megacode.data.stages import BENCHMARKS, OnStage, check_installed, run_local, stages_of
-from megacode.data.streams import OnBytes
+from megacode.data.preparing.corpus import Corpus
+from megacode.data.preparing.job import Job
+from megacode.data.preparing.parts import cannot_write, merge
+from megacode.data.preparing.pool import num_cores, run_units
+from megacode.data.preparing.readers import Watch
+from megacode.data.preparing.stages import BENCHMARKS, OnStage, check_installed, run_local, stages_of
+from megacode.data.preparing.streams import OnBytes
 from megacode.data.tokenizer import Tokenizer, train
 from megacode.errors import UserError
 
 if TYPE_CHECKING:
-    from megacode.data.decontaminate import Index
+    from megacode.data.preparing.decontaminate import Index
 
 Summary = dict[str, dict[str, Any]]
 """Side (train, valid) -> what is in its PREFIX.json."""
@@ -154,7 +154,7 @@ def _benchmarks(files: Sequence[str | Path]) -> tuple[Index | None, str]:
     if not files:
         return None, ""
     check_installed("--decontaminate")
-    from megacode.data.decontaminate import Index, sha256
+    from megacode.data.preparing.decontaminate import Index, sha256
 
     known = " ".join(f"{Path(file).name} {sha256(file)}" for file in files)
     return Index.build(files), known

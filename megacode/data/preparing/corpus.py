@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from megacode.data.filters import Filters
-from megacode.data.languages import language_of, suffixes_of
-from megacode.data.readers import (
+from megacode.data.preparing.filters import Filters
+from megacode.data.preparing.languages import language_of, suffixes_of
+from megacode.data.preparing.readers import (
     LINES,
     PARQUET,
     Fault,
@@ -24,7 +24,7 @@ from megacode.data.readers import (
     parquet_groups,
     whole_file,
 )
-from megacode.data.streams import OnBytes
+from megacode.data.preparing.streams import OnBytes
 from megacode.errors import UserError
 
 SUFFIXES = (".py",)

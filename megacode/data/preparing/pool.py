@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from megacode.data.job import Job
-from megacode.data.parts import run_unit
-from megacode.data.streams import OnBytes
+from megacode.data.preparing.job import Job
+from megacode.data.preparing.parts import run_unit
+from megacode.data.preparing.streams import OnBytes
 from megacode.errors import UserError
 
 _TELL_SECONDS = 0.2

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megacode.data.corpus import Corpus, Document, Piece, Unit, sum_bytes
-from megacode.data.filters import Filters
-from megacode.data.readers import Fields, Watch
+from megacode.data.preparing.corpus import Corpus, Document, Piece, Unit, sum_bytes
+from megacode.data.preparing.filters import Filters
+from megacode.data.preparing.readers import Fields, Watch
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megacode.data.words import Hashes, ngram_hashes, split, word_hashes
+from megacode.data.preparing.words import Hashes, ngram_hashes, split, word_hashes
 from megacode.errors import UserError
 
 NGRAM = 10

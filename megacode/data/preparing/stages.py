@@ -19,7 +19,7 @@ from megacode.errors import UserError
 if TYPE_CHECKING:
     from datatrove.pipeline.base import PipelineStep
 
-    from megacode.data.job import Job
+    from megacode.data.preparing.job import Job
 
 NEEDED = ("datatrove", "regex", "xxhash")
 EXACT, NEAR = "exact", "near"
@@ -65,7 +65,7 @@ def stages_of(job: Job) -> list[Stage]:
     """What is done before a job's documents are tokenized; nothing where nothing is to be left out."""
     if job.dedup is None and not job.benchmarks:
         return []
-    from megacode.data import dedup as steps
+    from megacode.data.preparing import dedup as steps
 
     parts = job.folder
     reading: list[PipelineStep] = [steps.Documents(parts)]
@@ -97,7 +97,7 @@ def run_local(stages: list[Stage], parts: Path, workers: int, on_stage: OnStage)
     undone = [stage for stage in stages if stage.missing(parts)]
     if not undone:
         return
-    from megacode.data.local import LocalExecutor, pool
+    from megacode.data.preparing.local import LocalExecutor, pool
 
     with pool(min(workers, max(len(stage.missing(parts)) for stage in undone))) as processes:
         for stage in undone:

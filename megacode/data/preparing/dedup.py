@@ -24,10 +24,10 @@ from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets,
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 from numpy.typing import NDArray
 
-from megacode.data.decontaminate import Index
-from megacode.data.job import Job, documents
-from megacode.data.stages import BENCHMARKS
-from megacode.data.words import Hashes, ngram_hashes, word_hashes
+from megacode.data.preparing.decontaminate import Index
+from megacode.data.preparing.job import Job, documents
+from megacode.data.preparing.stages import BENCHMARKS
+from megacode.data.preparing.words import Hashes, ngram_hashes, word_hashes
 
 SHINGLE = 5
 NUM_BUCKETS = 14

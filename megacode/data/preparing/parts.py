@@ -17,13 +17,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data.corpus import is_valid
-from megacode.data.job import Job, documents
-from megacode.data.readers import LINES, Reject, Segments, Watch
+from megacode.data.preparing.corpus import is_valid
+from megacode.data.preparing.job import Job, documents
+from megacode.data.preparing.readers import LINES, Reject, Segments, Watch
+from megacode.data.preparing.streams import OnBytes
 from megacode.data.shards import Shards, ShardWriter
 from megacode.data.spans import SpansWriter, spans_path
 from megacode.data.spans import merge as merge_spans
-from megacode.data.streams import OnBytes
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 
