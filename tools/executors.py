@@ -65,8 +65,17 @@ def on_this_machine(job: Job, workers: int | None) -> Summary:
     """Run a job with progress bars."""
     from megacode.data.preparing.prepare import prepare
 
-    with _bars(job.num_bytes) as (on_bytes, on_stage):
-        return prepare(job, workers, on_bytes, on_stage)
+    try:
+        with _bars(job.num_bytes) as (on_bytes, on_stage):
+            return prepare(job, workers, on_bytes, on_stage)
+    except KeyboardInterrupt:
+        num_done = sum(job.part(unit).exists() for unit in range(job.num_units))
+        typer.echo(
+            f"interrupted: {num_done:,} of {job.num_units:,} parts are done, in {job.folder}; the same command given "
+            "again goes on from them",
+            err=True,
+        )
+        raise typer.Exit(130) from None
 
 
 def on_cluster(

@@ -1,5 +1,6 @@
 """megacode prepare: source files to shards."""
 
+import difflib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import typer
 
 from megacode.data.preparing.corpus import EXCLUDE, SUFFIXES, Corpus
 from megacode.data.preparing.filters import MAX_DOCUMENT_BYTES, Filters
-from megacode.data.preparing.readers import Fields
+from megacode.data.preparing.languages import NAMES
+from megacode.data.preparing.readers import LINES, PARQUET, Fields
 from megacode.errors import UserError
 from megacode.tools.executors import Duplicates, Executor, check_executor, on_cluster, on_this_machine, tell_skipped
 
@@ -26,7 +28,9 @@ class Rules(StrEnum):
 
 Inputs = Annotated[
     list[Path],
-    typer.Argument(help="Folders and files; .jsonl (also .gz, .zst) and .parquet hold a document a line or row."),
+    typer.Argument(
+        help="Folders and files; .jsonl, .ndjson (also .gz, .zst) and .parquet hold a document a line or row."
+    ),
 ]
 Suffixes = Annotated[
     list[str] | None,
@@ -38,7 +42,9 @@ Excludes = Annotated[
     list[str] | None,
     typer.Option(help=f"Folder name to leave out; repeatable, replaces the default: {' '.join(EXCLUDE)}"),
 ]
-TextField = Annotated[str, typer.Option(help="Field of a JSON line, or column, that holds the text.")]
+TextField = Annotated[
+    str | None, typer.Option(help="Field of a JSON line, or column, that holds the text; left out, text.")
+]
 Dedup = Annotated[
     Duplicates | None,
     typer.Option(help="Leave out all but the first of equal documents, or also of nearly equal ones (MinHash)."),
@@ -62,7 +68,7 @@ def prepare(
     ] = None,
     suffix: Suffixes = None,
     exclude: Excludes = None,
-    text_field: TextField = "text",
+    text_field: TextField = None,
     language_field: Annotated[
         str | None, typer.Option(help="Field, or column, that holds the language; files tell it by their names.")
     ] = None,
@@ -96,14 +102,17 @@ def prepare(
     check_executor(executor, {"--partition": partition, "--time": time, "--memory-gb": memory_gb, "--wait": wait})
     if valid is None and valid_fraction is not None:
         raise UserError("--valid-fraction needs --valid PREFIX, where these documents go")
+    if min_bytes > max_bytes:
+        raise UserError(f"--min-bytes {min_bytes} is above --max-bytes {max_bytes}; no document is both")
+    languages = tuple(name.lower() for name in language or ())
+    if language_field is None:
+        _check_languages(languages)
     corpus = Corpus(
         inputs,
         suffixes=tuple(suffix or ()),
         exclude=tuple(exclude or EXCLUDE),
-        fields=Fields(text_field, language_field),
-        filters=Filters(
-            tuple(name.lower() for name in language or ()), min_bytes, max_bytes, code=filter == Rules.CODE
-        ),
+        fields=fields_of(inputs, text_field, language_field),
+        filters=Filters(languages, min_bytes, max_bytes, code=filter == Rules.CODE),
     )
     fraction = VALID_FRACTION if valid_fraction is None else valid_fraction
     job = plan(
@@ -121,6 +130,31 @@ def prepare(
         summary = on_this_machine(job, workers)
     if summary is not None:
         _tell(summary, output, valid)
+
+
+def fields_of(inputs: list[Path], text_field: str | None, language_field: str | None = None) -> Fields:
+    """The fields of the records.
+
+    Raises:
+        UserError: one is named, and no input has records.
+    """
+    named = {"--text-field": text_field, "--language-field": language_field}
+    for option, name in named.items():
+        if name is not None and not any(path.is_dir() or path.name.endswith((*LINES, PARQUET)) for path in inputs):
+            raise UserError(
+                f"{option} {name}: no input has fields; files of JSON lines are told by their name, .jsonl or .ndjson"
+            )
+    return Fields("text" if text_field is None else text_field, language_field)
+
+
+def _check_languages(languages: tuple[str, ...]) -> None:
+    for name in languages:
+        if name not in NAMES:
+            close = difflib.get_close_matches(name, NAMES, 1)
+            raise UserError(
+                f"--language {name} is none that a file's name can tell; "
+                + (f"did you mean {close[0]}?" if close else "names are GitHub Linguist's, such as python, c++, c#")
+            )
 
 
 def _tell(summary: dict[str, dict[str, Any]], output: Path, valid: Path | None) -> None:

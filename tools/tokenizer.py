@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from megacode.data.preparing.corpus import EXCLUDE, Corpus, sum_bytes
-from megacode.data.preparing.readers import Fields
-from megacode.tools.prepare import Excludes, Inputs, Suffixes, TextField, reading_bar
+from megacode.data.preparing.corpus import EXCLUDE, SUFFIXES, Corpus, sum_bytes
+from megacode.errors import UserError
+from megacode.tools.prepare import Excludes, Inputs, TextField, fields_of, reading_bar
 
 app = typer.Typer(help="Train a SentencePiece tokenizer with the infilling pieces, or check one.", no_args_is_help=True)
 
@@ -22,9 +22,12 @@ def train(
     max_mib: Annotated[
         int, typer.Option(min=1, help="How much text to train on, in MiB; it is held in memory.")
     ] = 1024,
-    suffix: Suffixes = None,
+    suffix: Annotated[
+        list[str] | None,
+        typer.Option(help=f"End of the file names to take from folders; repeatable. Default: {SUFFIXES[0]}"),
+    ] = None,
     exclude: Excludes = None,
-    text_field: TextField = "text",
+    text_field: TextField = None,
 ) -> None:
     """Train a SentencePiece BPE model with byte fallback and Code Llama's sixteen rows behind it.
 
@@ -33,8 +36,10 @@ def train(
     from megacode.data.preparing.prepare import train_tokenizer
     from megacode.data.tokenizer import Tokenizer
 
+    if output.exists():
+        raise UserError(f"{output} is there already, and shards may depend on it; remove it, or name another --output")
     taken = tuple(suffix or ()), tuple(exclude or EXCLUDE)
-    corpus = Corpus(inputs, *taken, fields=Fields(text_field))
+    corpus = Corpus(inputs, *taken, fields=fields_of(inputs, text_field))
     with reading_bar("Reading", sum(map(sum_bytes, corpus.plan()))) as on_bytes:
         train_tokenizer(corpus, output, pieces, max_bytes=max_mib << 20, on_bytes=on_bytes)
     typer.echo(f"{output}: {Tokenizer(output).vocabulary:,} rows")

@@ -186,7 +186,7 @@ class TrainStream:
                 if not 0 <= token < self._vocabulary:
                     raise UserError(
                         f"{self._where(source, piece)} has token {token} and the tokenizer has {self._vocabulary} "
-                        "rows; prepare the shard with the tokenizer of the run"
+                        "rows: the shard is damaged (`megacode data verify` says where), or another tokenizer made it"
                     )
 
 

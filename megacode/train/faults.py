@@ -18,7 +18,7 @@ EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: start it again and it goes on (EX_TEMPFAIL)."""
 
 FILES = ("STOP", "SAVE")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _LOOK_SECONDS = 1.0
 _WATCH_SECONDS = 0.5
 _LOOKS_BETWEEN = 10
@@ -36,7 +36,7 @@ class Asked:
 
 
 class Requests:
-    """Requests to stop or save: SIGTERM, SIGUSR1 or SIGUSR2 to any rank, or a file STOP or SAVE in the run folder.
+    """Requests to stop or save: one of SIGNALS to any rank (SIGINT: Ctrl-C), or a file STOP or SAVE in the run folder.
 
     A file that holds a number asks for the end of that step; an empty one, and a signal, for the end of this one. What
     else a file may hold asks for nothing, and is told once.
@@ -56,10 +56,12 @@ class Requests:
         self._told: set[tuple[str, str]] = set()
 
     def listen(self) -> None:
-        """Take note of signals from now on; before, they end the process as ever."""
+        """Take note of signals from now on; before, they end the process as ever, and so does a second Ctrl-C."""
 
         def note(number: int, frame: FrameType | None) -> None:
             self._seen[len(FILES) + SIGNALS.index(signal.Signals(number))] = 1.0
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
         for each in SIGNALS:
             signal.signal(each, note)

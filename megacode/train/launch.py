@@ -45,9 +45,10 @@ def find_place(local_rank: int | None = None) -> Place:
         }
     for name, value in {"RANK": "0", "LOCAL_RANK": str(local_rank or 0), "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(name, value)
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
-        os.environ.setdefault(name, value)
     world_size = int(os.environ["WORLD_SIZE"])
+    # A process that is alone meets nobody: any free port is right.
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500" if world_size > 1 else "0"}.items():
+        os.environ.setdefault(name, value)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     return Place(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size, local_size)
 

@@ -175,8 +175,7 @@ def _on_host(batch: HostBatch) -> MicroBatch:
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
     """Processes started within are deaf until they choose what a signal means: SLURM sends it to all of a step."""
-    signals = (*SIGNALS, signal.SIGINT)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -185,6 +184,6 @@ def _signals_blocked() -> Iterator[None]:
 
 def _begin_worker(number: int) -> None:
     """Requests to stop are for the rank, which ends its workers; a worker whose rank is gone ends by itself."""
-    for each in (*SIGNALS, signal.SIGINT):
+    for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*SIGNALS, signal.SIGINT))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

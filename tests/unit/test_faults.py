@@ -38,6 +38,15 @@ def test_a_signal_asks_to_stop(tmp_path, handlers, number):
     assert asked(requests).stop == signal.Signals(number).name
 
 
+def test_a_second_ctrl_c_ends_at_once(tmp_path, handlers):
+    requests = Requests(tmp_path, looks=False)
+    requests.listen()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert asked(requests).stop == "SIGINT"
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_files_ask_and_go_when_it_is_done(tmp_path):
     requests = Requests(tmp_path, looks=True)
     assert asked(requests) == asked(Requests(tmp_path, looks=False))

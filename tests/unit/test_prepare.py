@@ -28,6 +28,7 @@ from megacode.data.shards import Shards
 from megacode.data.spans import Spans
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
+from megacode.tools import executors
 from megacode.tools import prepare as prepare_tool
 from megacode.tools import tokenizer as tokenizer_tool
 
@@ -354,6 +355,20 @@ def run_command(arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
 
+def test_ctrl_c_says_how_far_it_came(slow_job, monkeypatch, capsys):
+    job, _ = slow_job
+
+    def interrupted(*arguments):
+        job.part(1).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megacode.data.preparing.prepare.prepare", interrupted)
+    with pytest.raises(typer.Exit) as left:
+        executors.on_this_machine(job, 2)
+    assert left.value.exit_code == 130
+    assert f"interrupted: 1 of {job.num_units} parts are done" in capsys.readouterr().err
+
+
 def test_a_full_disk(tmp_path, tokenizer):
     tree = write(tmp_path / "tree", {f"{i}.py": f"# {i}\n" * 4000 for i in range(3)})
     arguments = [tree, "--tokenizer", tokenizer.path, "--output", tmp_path / "out" / "s"]
@@ -419,3 +434,43 @@ def test_the_command_replaces_no_shard(tmp_path, tokenizer):
         command([tree], tokenizer.path, tmp_path / "other", valid_fraction=0.5)
     assert (tmp_path / "s.bin").read_bytes() == before
     assert not (tmp_path / "other.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--language", "pyhton"], "did you mean python?"),
+        (["--language", "qqqq"], "GitHub Linguist's"),
+        (["--text-field", "content"], "--text-field content: no input has fields"),
+        (["--min-bytes", "1000", "--max-bytes", "10"], "no document is both"),
+        (["a.py"], "a.py is given twice"),
+        (["."], "lies in"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_before_any_work(tmp_path, tokenizer, monkeypatch, arguments, words):
+    (tmp_path / "a.py").write_text("a = 1\n")
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(prepare_tool.prepare)
+    command = ["a.py", "--tokenizer", str(tokenizer.path), "--output", "out", *arguments]
+    error = CliRunner().invoke(app, command).exception
+    assert isinstance(error, UserError)
+    assert words in str(error)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.py"]
+
+
+def test_ndjson_is_json_lines(tmp_path, tokenizer):
+    (tmp_path / "a.ndjson").write_text('{"text": "a = 1"}\n' * 3)
+    prepare(plan(Corpus([tmp_path / "a.ndjson"]), tokenizer.path, tmp_path / "out"), 1)
+    assert Shards(tmp_path / "out").num_documents == 3
+
+
+def test_a_tokenizer_is_not_overwritten(tmp_path):
+    (tmp_path / "t.model").write_bytes(b"kept")
+    error = (
+        CliRunner()
+        .invoke(tokenizer_tool.app, ["train", str(tmp_path), "--output", str(tmp_path / "t.model")])
+        .exception
+    )
+    assert isinstance(error, UserError)
+    assert (tmp_path / "t.model").read_bytes() == b"kept"

@@ -13,6 +13,7 @@ from megacode.data.preparing.languages import language_of, suffixes_of
 from megacode.data.preparing.readers import (
     LINES,
     PARQUET,
+    PLAIN_LINES,
     Fault,
     Fields,
     Record,
@@ -83,9 +84,9 @@ class Document:
 class Corpus:
     """The documents below some inputs, in an order that depends on nothing but their files' names.
 
-    A file is one document; .jsonl (also .gz, .zst) and .parquet files have one on each line or row. Files are shuffled
-    by a hash of their path below the input that led to them; lines stay in order. Nothing but the list of files is held
-    in memory.
+    A file is one document; .jsonl and .ndjson (also .gz, .zst) and .parquet files have one on each line or row. Files
+    are shuffled by a hash of their path below the input that led to them; lines stay in order. Nothing but the list of
+    files is held in memory.
 
     Attributes:
         inputs: Files, or folders in which every file with one of the suffixes is taken; links in them are not.
@@ -123,6 +124,7 @@ class Corpus:
         """
         unit: list[Piece] = []
         num_bytes = 0
+        _refuse_doubles(self.inputs)
         files = self._files()
         most = min(UNIT_BYTES, max(_SMALL_UNIT_BYTES, sum_bytes(files) // _ENOUGH_UNITS))
         for piece in self._pieces(files, most):
@@ -179,7 +181,7 @@ class Corpus:
     def _pieces(self, files: Sequence[Piece], most: int) -> Iterator[Piece]:
         """The files, large ones in stretches of `most` bytes."""
         for file in files:
-            if file.name.endswith(".jsonl"):
+            if file.name.endswith(PLAIN_LINES):
                 for start in range(0, file.size, most):
                     stop = min(start + most, file.size)
                     yield file._replace(num_bytes=stop - start, start=start, stop=stop)
@@ -239,6 +241,16 @@ def name_hash(name: str, purpose: str) -> int:
 def is_valid(key: str, valid_fraction: float) -> bool:
     """Whether a document goes to the validation shard: decided by its key alone."""
     return name_hash(key, "split") < valid_fraction * 2**64
+
+
+def _refuse_doubles(inputs: Sequence[str | Path]) -> None:
+    """Refuse an input that is given twice, or lies in another one: its documents would count twice."""
+    paths = [os.path.realpath(path) for path in inputs]
+    for number, path in enumerate(paths):
+        for other in paths[:number] + paths[number + 1 :]:
+            if os.path.commonpath([path, other]) == other:
+                what = "is given twice" if path == other else f"lies in {other}, which is given too"
+                raise UserError(f"the input {inputs[number]} {what}; leave one out")
 
 
 def _row_groups(file: Piece, groups: Sequence[int], most: int) -> Iterator[Piece]:

@@ -79,6 +79,10 @@ _NAMES = {"makefile": "makefile", "gnumakefile": "makefile", "cmakelists.txt": "
 _LANGUAGES = {suffix: language for language, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 
 
+NAMES = tuple(_SUFFIXES) + tuple(_NAMES.values())
+"""All languages that the name of a file can tell."""
+
+
 def language_of(name: str) -> str | None:
     """The language of a file; None where its name does not tell."""
     path = PurePosixPath(name.lower())

@@ -16,7 +16,8 @@ from megacode.data.preparing.filters import MAX_DOCUMENT_BYTES
 from megacode.data.preparing.streams import OnBytes, chunks, lines
 from megacode.errors import UserError
 
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PLAIN_LINES = (".jsonl", ".ndjson")
+LINES = tuple(kind + packed for kind in PLAIN_LINES for packed in ("", ".gz", ".zst"))
 PARQUET = ".parquet"
 MAX_LINE_BYTES = MAX_DOCUMENT_BYTES
 _BATCH_ROWS = 64
