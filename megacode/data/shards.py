@@ -123,7 +123,7 @@ class ShardWriter:
             "bin_sha256": hashlib.sha256(digests.encode()).hexdigest(),
             "checksums": self._checksums,
         }
-        self._temporary("json").write_text(_json(self.facts), encoding="utf-8")
+        self._temporary("json").write_bytes(_json(self.facts))
         self._finished = True
 
     def __exit__(
@@ -471,9 +471,14 @@ class Shards:
         return facts
 
 
-def _json(facts: dict[str, Any]) -> str:
-    """A line a fact."""
-    return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()) + "\n}\n"
+def _json(facts: dict[str, Any]) -> bytes:
+    """A line a fact. Half surrogate pairs, which the reader refuses, become question marks."""
+
+    def dumps(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    lines = ",\n".join(f"  {dumps(key)}: {dumps(value)}" for key, value in facts.items())
+    return f"{{\n{lines}\n}}\n".encode("utf-8", "replace")
 
 
 def _little(code: int) -> np.dtype:

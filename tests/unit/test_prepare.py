@@ -24,6 +24,7 @@ from megacode.data.preparing.filters import Filters
 from megacode.data.preparing.job import Job, documents
 from megacode.data.preparing.parts import frame, merge, run_unit
 from megacode.data.preparing.prepare import plan, prepare, train_tokenizer
+from megacode.data.preparing.readers import Fields
 from megacode.data.shards import Shards
 from megacode.data.spans import Spans
 from megacode.data.tokenizer import Tokenizer
@@ -102,6 +103,20 @@ def test_documents_become_shards(tmp_path, inputs, tokenizer):
     assert sum(counts["tokens"] for counts in facts["languages"].values()) == facts["num_tokens"]
     assert len(facts["checksums"]) == NUM_UNITS
     assert set(files(tmp_path / "out")) == {"s.bin", "s.idx", "s.json", "s.rejects.jsonl"}
+
+
+def test_names_that_are_no_unicode(tmp_path, tokenizer):
+    lines = [{"text": "x = 1", "lang": "\ud800"}, {"text": "x = 2", "lang": "C"}, {"text": "x = 3"}]
+    path = tmp_path / os.fsdecode(b"d\xff.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = plan(Corpus([path], fields=Fields(language="lang")), tokenizer.path, tmp_path / "out" / "s")
+    drop = {"document": 2, "reason": "contaminated: \udcff.jsonl"}
+    write(job.folder / "dropped", {"000000.decontaminate.jsonl": json.dumps(drop) + "\n"})
+    prepare(job, 1)
+    facts = Shards(tmp_path / "out" / "s").facts
+    assert {name: counts["documents"] for name, counts in facts["languages"].items()} == {"c": 1, "unknown": 1}
+    assert facts["source"].startswith(f"{tmp_path}/d\\udcff.jsonl ")
+    assert facts["rejected"] == {rejects(tmp_path / "out" / "s")[0]["reason"]: 1}
 
 
 def test_nothing_left_out_leaves_no_list(tmp_path, tokenizer):

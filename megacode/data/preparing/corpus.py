@@ -19,6 +19,7 @@ from megacode.data.preparing.readers import (
     Reject,
     Segments,
     Watch,
+    encodable,
     json_lines,
     parquet,
     parquet_groups,
@@ -104,7 +105,7 @@ class Corpus:
     @property
     def source(self) -> str:
         """The inputs, in words."""
-        return f"{', '.join(map(str, self.inputs))} (folders: {' '.join(self.taken)})"
+        return encodable(f"{', '.join(map(str, self.inputs))} (folders: {' '.join(self.taken)})")
 
     def absolute(self) -> "Corpus":
         """The same with absolute paths."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from megacode.data.preparing.corpus import is_valid
 from megacode.data.preparing.job import Job, documents
-from megacode.data.preparing.readers import LINES, Reject, Segments, Watch
+from megacode.data.preparing.readers import LINES, Reject, Segments, Watch, encodable
 from megacode.data.preparing.streams import OnBytes
 from megacode.data.shards import Shards, ShardWriter
 from megacode.data.spans import SpansWriter, spans_path
@@ -181,7 +181,8 @@ def _dropped(job: Job, unit: int) -> dict[int, tuple[str, str | None]]:
         with path.open(encoding="utf-8") as file:
             for line in file:
                 drop = json.loads(line)
-                reasons.setdefault(drop["document"], (drop["reason"], drop.get("found")))
+                # A reason is a key of PREFIX.json, and may name a benchmark's file.
+                reasons.setdefault(drop["document"], (encodable(drop["reason"]), drop.get("found")))
     return reasons
 
 
