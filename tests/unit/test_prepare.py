@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ import typer
 from typer.testing import CliRunner
 
 from megacode.data.preparing import corpus as corpus_module
-from megacode.data.preparing import parts, pool
+from megacode.data.preparing import lock, parts, pool
 from megacode.data.preparing.corpus import Corpus, is_valid
 from megacode.data.preparing.filters import Filters
 from megacode.data.preparing.job import Job, documents
+from megacode.data.preparing.lock import locked
 from megacode.data.preparing.parts import frame, merge, run_unit
 from megacode.data.preparing.prepare import plan, prepare, train_tokenizer
 from megacode.data.preparing.readers import Fields
@@ -160,10 +162,9 @@ def test_a_merge_that_was_interrupted_is_done_again(tmp_path, inputs, tokenizer,
     prepare(plan(Corpus(inputs), tokenizer.path, tmp_path / "one" / "s"), 1)
     job = plan(Corpus(inputs), tokenizer.path, tmp_path / "two" / "s")
     with monkeypatch.context() as patch:
-        patch.setattr(parts.shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
         for unit in range(job.num_units):
-            with pytest.raises(KeyboardInterrupt):
-                run_unit(job, unit)
+            run_unit(job, unit)
+        patch.setattr(parts, "_remove", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             merge(job)
     assert (tmp_path / "two" / "s.idx").exists()
@@ -300,10 +301,65 @@ def test_other_options_do_not_go_on(tmp_path, inputs, tokenizer):
 def test_one_command_at_a_time(tmp_path, inputs, tokenizer):
     job = plan(Corpus(inputs), tokenizer.path, tmp_path / "s")
     with (
-        prepare.__globals__["_locked"](job),
-        pytest.raises(UserError, match=r"another `megacode prepare` works on .*s\.parts"),
+        locked(job.output),
+        pytest.raises(UserError, match=r"another `megacode prepare` works on .*s; wait"),
     ):
         prepare(job, 1)
+    with locked(tmp_path / "new"), pytest.raises(UserError, match=r"works on .*new; wait"):
+        plan(Corpus(inputs), tokenizer.path, tmp_path / "new")
+    assert not (tmp_path / "new.parts").exists()
+    with locked(job.output, shared=True), locked(job.output, shared=True):
+        assert plan(Corpus(inputs), tokenizer.path, tmp_path / "s") == job, "nothing is written, so nothing is locked"
+        with pytest.raises(UserError, match="another `megacode prepare` works on"):
+            prepare(job, 1)
+    assert not (tmp_path / "s.lock").exists()
+    prepare(job, 1)
+    with pytest.raises(UserError, match=r"job\.json is missing"):
+        prepare(job, 1)  # another command has been faster
+    (tmp_path / "s.lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*s\.lock: Is a directory; mend that"):
+        prepare(job, 1)
+
+
+def test_a_job_that_another_command_has_replaced(tmp_path, inputs, tokenizer):
+    job = plan(Corpus(inputs), tokenizer.path, tmp_path / "s")
+    shutil.rmtree(job.folder)
+    plan(Corpus(inputs), tokenizer.path, tmp_path / "s", valid=tmp_path / "v")
+    with pytest.raises(UserError, match=r"s\.parts has become another preparation's"):
+        prepare(job, 1)
+
+
+def test_the_lock_of_a_holder_that_has_gone_is_taken_anew(tmp_path, monkeypatch):
+    real, removed = lock.fcntl.flock, []
+
+    def flock(file, kind):
+        if not removed:
+            removed.append((tmp_path / "s.lock").unlink())  # between opening and locking
+        real(file, kind)
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with locked(tmp_path / "s"), pytest.raises(UserError, match="another"), locked(tmp_path / "s"):
+        pass
+
+
+def test_what_is_left_of_parts_does_not_let_a_shard_be_replaced(tmp_path, inputs, tokenizer, monkeypatch):
+    prepare(plan(Corpus(inputs[:1]), tokenizer.path, tmp_path / "s"), 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("s.*")}
+    (tmp_path / "s.parts" / "000003").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"s\.bin is there already"):
+        plan(Corpus(inputs[1:]), tokenizer.path, tmp_path / "s")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("s.*[!s]")} == before
+    for name in before:
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"s\.parts has no job\.json that says what its parts are of; remove"):
+        plan(Corpus(inputs[1:]), tokenizer.path, tmp_path / "s")
+    shutil.rmtree(tmp_path / "s.parts")
+    real = shutil.rmtree
+    monkeypatch.setattr(parts.shutil, "rmtree", lambda path, *args, **kwargs: None)
+    prepare(plan(Corpus(inputs[1:]), tokenizer.path, tmp_path / "s"), 1)
+    assert not (tmp_path / "s.parts").exists(), "parts of which some are gone do not have their name"
+    assert (tmp_path / "s.parts.done.tmp").exists()
+    monkeypatch.setattr(parts.shutil, "rmtree", real)
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def merge(job: Job) -> dict[str, dict[str, Any]]:
                 rejects.unlink()
     except OSError as error:
         raise cannot_write(job, error) from None
-    shutil.rmtree(job.folder)
+    _remove(job.folder)
     return {side: writer.facts for side, writer in writers.items()}
 
 
@@ -216,10 +216,18 @@ def _merge_spans(job: Job) -> None:
         raise
 
 
+def _remove(folder: Path) -> None:
+    """Remove PREFIX.parts. It loses its name first: parts of which some are gone must not be taken for a job's."""
+    doomed = folder.with_name(f"{folder.name}.done.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)  # of a removal that was interrupted
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # the shards stand: what cannot be removed is no failure
+
+
 def _refuse_empty(job: Job, writers: dict[str, ShardWriter], rejected: Counter[str]) -> None:
     for writer in writers.values():
         if not writer.num_documents:
-            shutil.rmtree(job.folder)  # going on with these parts would end the same way
+            _remove(job.folder)  # going on with these parts would end the same way
             why = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
             raise UserError(
                 f"no document is left for {writer.prefix} (left out: {why}); give more inputs or other options"
