@@ -261,8 +261,11 @@ def test_validation_is_chosen_by_name(tmp_path, tokenizer):
 def test_prepare_refuses_and_leaves_nothing(tmp_path, tokenizer):
     corpus = Corpus([write(tmp_path / "tree", {"a.py": "a", "b.py": ""})])
     out = tmp_path / "out"
+    (tmp_path / "link").symlink_to(out)
     for options, message in (
         ({"valid": out / "s"}, "give two prefixes"),
+        ({"valid": out / "absent" / ".." / "s"}, "give two prefixes"),
+        ({"valid": tmp_path / "link" / "s"}, "give two prefixes"),
         ({"valid": out / "v", "valid_fraction": 1.0}, "--valid-fraction is 1.0"),
         ({"valid": out / "v", "valid_fraction": 1e-9}, r"no document is left for .*v \(left out: 1 empty\)"),
     ):
@@ -287,6 +290,24 @@ def test_a_damaged_file_ends_the_command(tmp_path, inputs, tokenizer, workers):
     inputs[2].write_bytes(packed)
     with pytest.raises(UserError, match=r"s\.parts is of inputs that have changed since; .* or remove"):
         plan(Corpus(inputs), tokenizer.path, tmp_path / "out" / "s")
+
+
+def test_outputs_in_a_folder_of_inputs_are_no_inputs(tmp_path, tokenizer):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("x = 1", "", "x = 2"))
+    data = write(tmp_path / "data", {"a.jsonl": lines, "b.jsonl": lines})
+    (tmp_path / "link").symlink_to(data)
+    corpus, before = Corpus([data], suffixes=(".jsonl", ".json")), None
+    for _ in range(2):
+        job = plan(corpus, tokenizer.path, tmp_path / "link" / "s")
+        run_unit(job, 0)
+        assert plan(corpus, tokenizer.path, tmp_path / "link" / "s") == job, "it goes on"
+        prepare(job, 1)
+        assert (data / "s.rejects.jsonl").exists()
+        assert before in (None, files(data))
+        before = files(data)
+        (data / "s.bin").unlink()
+    with pytest.raises(UserError, match="has no file that ends in"):
+        plan(Corpus([data], suffixes=("s.json",)), tokenizer.path, data / "s")
 
 
 def test_other_options_do_not_go_on(tmp_path, inputs, tokenizer):

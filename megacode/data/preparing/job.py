@@ -118,7 +118,7 @@ class Job:
             UserError: the inputs cannot be read, the folder holds parts of another job, a shard stands there already,
                 or another command is at work.
         """
-        units = self.corpus.plan()
+        units = self.corpus.plan(list(self.prefixes.values()))
         first = next(units, None)  # inputs that are not there are told before a folder is made
         with contextlib.ExitStack() as stack:
             if not self.planned:  # else others may be at work on it, and nothing is written

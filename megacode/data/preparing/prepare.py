@@ -51,8 +51,8 @@ def plan(
     Raises:
         UserError: an input cannot be read, an output stands there already or cannot be written.
     """
-    if valid is not None and Path(valid) == Path(output):
-        raise UserError(f"--output and --valid are both {output}; give two prefixes")
+    if valid is not None and os.path.realpath(valid) == os.path.realpath(output):
+        raise UserError(f"--output and --valid are both {os.path.realpath(output)}; give two prefixes")
     if not 0 < valid_fraction < 1:
         raise UserError(f"--valid-fraction is {valid_fraction}; give a share between 0 and 1")
     index, benchmarks = _benchmarks(decontaminate)
