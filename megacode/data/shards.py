@@ -31,6 +31,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from megacode.data.durable import rename, sync
 from megacode.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -146,10 +147,12 @@ class ShardWriter:
         _path(self.prefix, "idx").unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        # The old .idx goes first and the new one comes last: no crash can leave a mixture of two shards that opens.
+        # The old .idx goes first and the new one comes last: no crash, nor power loss, can leave a mixture of two
+        # shards that opens.
         self.withdraw()
+        sync(self.prefix.parent)
         for part in ("bin", "json", "idx"):
-            os.replace(self._temporary(part), _path(self.prefix, part))
+            rename(self._temporary(part), _path(self.prefix, part))
 
     def _checksum(self, data: memoryview) -> None:
         if self._stretch_bytes + len(data) > STRETCH_BYTES:

@@ -310,6 +310,39 @@ def test_outputs_in_a_folder_of_inputs_are_no_inputs(tmp_path, tokenizer):
         plan(Corpus([data], suffixes=("s.json",)), tokenizer.path, data / "s")
 
 
+def test_names_come_after_contents(tmp_path, tokenizer, monkeypatch):
+    """A power loss must not leave a name of a part or a shard without its content."""
+    text = [{"text": "ask", "loss": False}, {"text": "!", "loss": True}]
+    write(tmp_path, {"d.jsonl": json.dumps({"text": text}) + "\n{\n"})
+    synced, renamed, order = set(), [], []
+    fsync, replace = os.fsync, os.replace
+
+    def record(file):
+        synced.add(os.fstat(file).st_ino)
+        order.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def check(old, new):
+        path = Path(old)
+        if path.suffix != ".tmp" or ".spans." not in path.name:  # spans are forced when they have their name
+            for inner in [path, *(path.iterdir() if path.is_dir() else ())]:
+                assert inner.stat().st_ino in synced, f"{inner} is not on the disk"
+        renamed.append(Path(new).name)
+        order.append(f"-> {new}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", check)
+    prepare(plan(Corpus([tmp_path / "d.jsonl"]), tokenizer.path, tmp_path / "out" / "s"), 1)
+    names = ["units.jsonl", "job.json", "train.bin", "train.json", "train.idx", "000000", "s.bin", "s.json", "s.idx"]
+    assert [name for name in renamed if name in names] == names
+    spans = order.index(f"{tmp_path}/out/s.spans")
+    assert order.index(f"-> {tmp_path}/out/s.spans") < spans < order.index(f"-> {tmp_path}/out/s.idx")
+    for name in ("s.bin", "s.json", "s.idx"):
+        place = order.index(f"-> {tmp_path}/out/{name}")
+        assert order[place + 1] == f"{tmp_path}/out", "a name is on the disk before the next one is given"
+
+
 def test_other_options_do_not_go_on(tmp_path, inputs, tokenizer):
     job = plan(Corpus(inputs), tokenizer.path, tmp_path / "s")
     with pytest.raises(UserError, match=r"another min_bytes \(0\); give the same inputs and options"):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megacode.data.durable import rename
 from megacode.data.preparing.corpus import Corpus, Document, Piece, Unit, sum_bytes
 from megacode.data.preparing.filters import Filters
 from megacode.data.preparing.lock import locked
@@ -143,7 +144,7 @@ class Job:
             if goes_on:
                 _same(Job.load(self.folder), job)
             else:
-                os.replace(temporary, self.folder / _UNITS)
+                rename(temporary, self.folder / _UNITS)
                 job._write()
         finally:
             temporary.unlink(missing_ok=True)
@@ -184,7 +185,7 @@ class Job:
         path = self.folder / _JOB
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        rename(temporary, path)
 
 
 def parts_folder(output: str | Path) -> Path:

@@ -4,6 +4,7 @@ A part is a folder, PREFIX.parts/UNIT, that gets this name when it is whole: sha
 validation shard, `valid`; rejects.jsonl; and unit.json with what merging needs to know besides.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.durable import rename, sync
 from megacode.data.preparing.corpus import is_valid
 from megacode.data.preparing.job import Job, documents
 from megacode.data.preparing.readers import LINES, Reject, Segments, Watch, encodable
@@ -51,9 +53,9 @@ def run_unit(job: Job, unit: int, on_bytes: OnBytes = lambda count: None) -> Non
             _write_part(job, unit, folder, on_bytes)
             folder.chmod(job.folder.stat().st_mode)  # mkdtemp's is for its owner alone
             try:
-                os.rename(folder, target)
-            except OSError:
-                if not target.exists():  # else another process has run the same unit
+                rename(folder, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has run the same unit
                     raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -89,7 +91,7 @@ def merge(job: Job) -> dict[str, dict[str, Any]]:
             for writer in writers.values():  # only when all stand may any get its name
                 writer.finish()
             _merge_spans(job)
-            os.replace(temporary, rejects)
+            rename(temporary, rejects)
             if not rejected:
                 rejects.unlink()
     except OSError as error:
@@ -210,6 +212,8 @@ def _merge_spans(job: Job) -> None:
         for side, prefix in job.prefixes.items():
             parts = (job.part(unit) / side for unit in range(job.num_units))
             merge_spans(((part, Shards(part).num_documents) for part in parts), prefix)
+            if spans_path(prefix).exists():
+                sync(spans_path(prefix))  # before the shard, whose last file has all that is to stand beside it
     except OSError:
         for prefix in job.prefixes.values():
             spans_path(prefix).unlink(missing_ok=True)
