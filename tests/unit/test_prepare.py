@@ -89,10 +89,10 @@ def test_documents_become_shards(tmp_path, inputs, tokenizer):
     names = {f"x = {i}\n" * 9 for i in range(10)} | {f"# line {i}\n" * (i % 3) for i in range(40) if i % 3 and i != 30}
     assert sorted(texts(tmp_path / "out" / "s", tokenizer)) == sorted([*names, "packed"])
     assert sum(told) == job.num_bytes == sum(path.stat().st_size for path in [*inputs[0].iterdir(), *inputs[1:]])
-    empty = [{"document": "d.jsonl", "line": i + 1, "reason": "empty"} for i in range(0, 40, 3) if i != 30]
+    empty = [{"input": 2, "document": "d.jsonl", "line": i + 1, "reason": "empty"} for i in range(0, 40, 3) if i != 30]
     bad = [
-        {"document": "bad.py", "reason": "not UTF-8"},
-        {"document": "d.jsonl", "line": 31, "reason": "not JSON"},
+        {"input": 1, "document": "bad.py", "reason": "not UTF-8"},
+        {"input": 2, "document": "d.jsonl", "line": 31, "reason": "not JSON"},
     ]
     assert sorted(rejects(tmp_path / "out" / "s"), key=str) == sorted([*empty, *bad], key=str)
     facts = json.loads((tmp_path / "out" / "s.json").read_text())
@@ -119,6 +119,18 @@ def test_names_that_are_no_unicode(tmp_path, tokenizer):
     assert {name: counts["documents"] for name, counts in facts["languages"].items()} == {"c": 1, "unknown": 1}
     assert facts["source"].startswith(f"{tmp_path}/d\\udcff.jsonl ")
     assert facts["rejected"] == {rejects(tmp_path / "out" / "s")[0]["reason"]: 1}
+
+
+def test_inputs_of_one_name_are_told_apart(tmp_path, tokenizer):
+    write(tmp_path, {"a/x.jsonl": '{"text": "x = 1"}\n{\n', "b/x.jsonl": '{"text": "x = 2"}\n\n[]\n'})
+    job = plan(Corpus([tmp_path / "b" / "x.jsonl", tmp_path / "a" / "x.jsonl"]), tokenizer.path, tmp_path / "s")
+    write(job.folder / "dropped", {"000000.exact.jsonl": '{"document": 0, "reason": "exact duplicate"}\n'})
+    prepare(job, 1)
+    assert rejects(tmp_path / "s") == [
+        {"input": 1, "document": "x.jsonl", "line": 1, "reason": "exact duplicate"},
+        {"input": 1, "document": "x.jsonl", "line": 3, "reason": "no JSON object"},
+        {"input": 2, "document": "x.jsonl", "line": 2, "reason": "not JSON"},
+    ]
 
 
 def test_nothing_left_out_leaves_no_list(tmp_path, tokenizer):
@@ -205,7 +217,7 @@ def test_what_was_dropped_is_not_tokenized(tmp_path, inputs, tokenizer):
     assert texts(tmp_path / "out" / "s", tokenizer) == [d.text for _, d in everything if d.key not in gone]
     found = summary["train"]["rejected"]
     assert {reason: found[reason] for reason in gone.values()} == dict.fromkeys(gone.values(), 1)
-    assert {"document": "d.jsonl", "line": 31, "reason": "not JSON"} in rejects(tmp_path / "out" / "s")
+    assert {"input": 2, "document": "d.jsonl", "line": 31, "reason": "not JSON"} in rejects(tmp_path / "out" / "s")
 
 
 def test_segments_give_spans(tmp_path, tokenizer):

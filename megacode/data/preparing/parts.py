@@ -134,7 +134,7 @@ def cannot_write(job: Job, error: OSError) -> UserError:
 
 
 def _write_part(job: Job, unit: int, folder: Path, on_bytes: OnBytes) -> None:
-    dropped = _dropped(job, unit)
+    pieces, dropped = job.unit(unit), _dropped(job, unit)
     tokenizer = job.tokenizer
     watch = Watch(on_bytes)
     rejected: Counter[str] = Counter()
@@ -145,7 +145,7 @@ def _write_part(job: Job, unit: int, folder: Path, on_bytes: OnBytes) -> None:
             nonlocal in_first_piece
             in_first_piece += watch.piece == 0
             rejected[reject.reason] += 1
-            file.write(_line(reject))
+            file.write(_line(reject, pieces[watch.piece].input + 1 if len(job.corpus.inputs) > 1 else None))
 
         watch.on_reject = reject
         prefixes = {side: str(folder / side) for side in job.prefixes}
@@ -188,10 +188,12 @@ def _dropped(job: Job, unit: int) -> dict[int, tuple[str, str | None]]:
     return reasons
 
 
-def _line(reject: Reject) -> str:
+def _line(reject: Reject, number: int | None) -> str:
+    """A line of the list of rejects; `number` is the input's, from 1, where there are several."""
+    given = {} if number is None else {"input": number}
     line = {} if reject.line is None else {"line": reject.line}
     found = {} if reject.found is None else {"found": reject.found}
-    return json.dumps({"document": reject.name, **line, "reason": reject.reason, **found}) + "\n"
+    return json.dumps({**given, "document": reject.name, **line, "reason": reject.reason, **found}) + "\n"
 
 
 def _merge_side(job: Job, side: str, writer: ShardWriter) -> None:
