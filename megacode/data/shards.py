@@ -31,6 +31,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from megacode.data.durable import rename, sync
 from megacode.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -123,7 +124,7 @@ class ShardWriter:
             "bin_sha256": hashlib.sha256(digests.encode()).hexdigest(),
             "checksums": self._checksums,
         }
-        self._temporary("json").write_text(_json(self.facts), encoding="utf-8")
+        self._temporary("json").write_bytes(_json(self.facts))
         self._finished = True
 
     def __exit__(
@@ -146,10 +147,12 @@ class ShardWriter:
         _path(self.prefix, "idx").unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        # The old .idx goes first and the new one comes last: no crash can leave a mixture of two shards that opens.
+        # The old .idx goes first and the new one comes last: no crash, nor power loss, can leave a mixture of two
+        # shards that opens.
         self.withdraw()
+        sync(self.prefix.parent)
         for part in ("bin", "json", "idx"):
-            os.replace(self._temporary(part), _path(self.prefix, part))
+            rename(self._temporary(part), _path(self.prefix, part))
 
     def _checksum(self, data: memoryview) -> None:
         if self._stretch_bytes + len(data) > STRETCH_BYTES:
@@ -471,9 +474,14 @@ class Shards:
         return facts
 
 
-def _json(facts: dict[str, Any]) -> str:
-    """A line a fact."""
-    return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()) + "\n}\n"
+def _json(facts: dict[str, Any]) -> bytes:
+    """A line a fact. Half surrogate pairs, which the reader refuses, become question marks."""
+
+    def dumps(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    lines = ",\n".join(f"  {dumps(key)}: {dumps(value)}" for key, value in facts.items())
+    return f"{{\n{lines}\n}}\n".encode("utf-8", "replace")
 
 
 def _little(code: int) -> np.dtype:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ import typer
 from typer.testing import CliRunner
 
 from megacode.data.preparing import corpus as corpus_module
-from megacode.data.preparing import parts, pool
+from megacode.data.preparing import lock, parts, pool
 from megacode.data.preparing.corpus import Corpus, is_valid
 from megacode.data.preparing.filters import Filters
 from megacode.data.preparing.job import Job, documents
+from megacode.data.preparing.lock import locked
 from megacode.data.preparing.parts import frame, merge, run_unit
 from megacode.data.preparing.prepare import plan, prepare, train_tokenizer
+from megacode.data.preparing.readers import Fields
 from megacode.data.shards import Shards
 from megacode.data.spans import Spans
 from megacode.data.tokenizer import Tokenizer
@@ -87,10 +90,10 @@ def test_documents_become_shards(tmp_path, inputs, tokenizer):
     names = {f"x = {i}\n" * 9 for i in range(10)} | {f"# line {i}\n" * (i % 3) for i in range(40) if i % 3 and i != 30}
     assert sorted(texts(tmp_path / "out" / "s", tokenizer)) == sorted([*names, "packed"])
     assert sum(told) == job.num_bytes == sum(path.stat().st_size for path in [*inputs[0].iterdir(), *inputs[1:]])
-    empty = [{"document": "d.jsonl", "line": i + 1, "reason": "empty"} for i in range(0, 40, 3) if i != 30]
+    empty = [{"input": 2, "document": "d.jsonl", "line": i + 1, "reason": "empty"} for i in range(0, 40, 3) if i != 30]
     bad = [
-        {"document": "bad.py", "reason": "not UTF-8"},
-        {"document": "d.jsonl", "line": 31, "reason": "not JSON"},
+        {"input": 1, "document": "bad.py", "reason": "not UTF-8"},
+        {"input": 2, "document": "d.jsonl", "line": 31, "reason": "not JSON"},
     ]
     assert sorted(rejects(tmp_path / "out" / "s"), key=str) == sorted([*empty, *bad], key=str)
     facts = json.loads((tmp_path / "out" / "s.json").read_text())
@@ -103,6 +106,32 @@ def test_documents_become_shards(tmp_path, inputs, tokenizer):
     assert sum(counts["tokens"] for counts in facts["languages"].values()) == facts["num_tokens"]
     assert len(facts["checksums"]) == NUM_UNITS
     assert set(files(tmp_path / "out")) == {"s.bin", "s.idx", "s.json", "s.rejects.jsonl"}
+
+
+def test_names_that_are_no_unicode(tmp_path, tokenizer):
+    lines = [{"text": "x = 1", "lang": "\ud800"}, {"text": "x = 2", "lang": "C"}, {"text": "x = 3"}]
+    path = tmp_path / os.fsdecode(b"d\xff.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = plan(Corpus([path], fields=Fields(language="lang")), tokenizer.path, tmp_path / "out" / "s")
+    drop = {"document": 2, "reason": "contaminated: \udcff.jsonl"}
+    write(job.folder / "dropped", {"000000.decontaminate.jsonl": json.dumps(drop) + "\n"})
+    prepare(job, 1)
+    facts = Shards(tmp_path / "out" / "s").facts
+    assert {name: counts["documents"] for name, counts in facts["languages"].items()} == {"c": 1, "unknown": 1}
+    assert facts["source"].startswith(f"{tmp_path}/d\\udcff.jsonl ")
+    assert facts["rejected"] == {rejects(tmp_path / "out" / "s")[0]["reason"]: 1}
+
+
+def test_inputs_of_one_name_are_told_apart(tmp_path, tokenizer):
+    write(tmp_path, {"a/x.jsonl": '{"text": "x = 1"}\n{\n', "b/x.jsonl": '{"text": "x = 2"}\n\n[]\n'})
+    job = plan(Corpus([tmp_path / "b" / "x.jsonl", tmp_path / "a" / "x.jsonl"]), tokenizer.path, tmp_path / "s")
+    write(job.folder / "dropped", {"000000.exact.jsonl": '{"document": 0, "reason": "exact duplicate"}\n'})
+    prepare(job, 1)
+    assert rejects(tmp_path / "s") == [
+        {"input": 1, "document": "x.jsonl", "line": 1, "reason": "exact duplicate"},
+        {"input": 1, "document": "x.jsonl", "line": 3, "reason": "no JSON object"},
+        {"input": 2, "document": "x.jsonl", "line": 2, "reason": "not JSON"},
+    ]
 
 
 def test_nothing_left_out_leaves_no_list(tmp_path, tokenizer):
@@ -146,10 +175,9 @@ def test_a_merge_that_was_interrupted_is_done_again(tmp_path, inputs, tokenizer,
     prepare(plan(Corpus(inputs), tokenizer.path, tmp_path / "one" / "s"), 1)
     job = plan(Corpus(inputs), tokenizer.path, tmp_path / "two" / "s")
     with monkeypatch.context() as patch:
-        patch.setattr(parts.shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
         for unit in range(job.num_units):
-            with pytest.raises(KeyboardInterrupt):
-                run_unit(job, unit)
+            run_unit(job, unit)
+        patch.setattr(parts, "_remove", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             merge(job)
     assert (tmp_path / "two" / "s.idx").exists()
@@ -190,7 +218,7 @@ def test_what_was_dropped_is_not_tokenized(tmp_path, inputs, tokenizer):
     assert texts(tmp_path / "out" / "s", tokenizer) == [d.text for _, d in everything if d.key not in gone]
     found = summary["train"]["rejected"]
     assert {reason: found[reason] for reason in gone.values()} == dict.fromkeys(gone.values(), 1)
-    assert {"document": "d.jsonl", "line": 31, "reason": "not JSON"} in rejects(tmp_path / "out" / "s")
+    assert {"input": 2, "document": "d.jsonl", "line": 31, "reason": "not JSON"} in rejects(tmp_path / "out" / "s")
 
 
 def test_segments_give_spans(tmp_path, tokenizer):
@@ -246,8 +274,11 @@ def test_validation_is_chosen_by_name(tmp_path, tokenizer):
 def test_prepare_refuses_and_leaves_nothing(tmp_path, tokenizer):
     corpus = Corpus([write(tmp_path / "tree", {"a.py": "a", "b.py": ""})])
     out = tmp_path / "out"
+    (tmp_path / "link").symlink_to(out)
     for options, message in (
         ({"valid": out / "s"}, "give two prefixes"),
+        ({"valid": out / "absent" / ".." / "s"}, "give two prefixes"),
+        ({"valid": tmp_path / "link" / "s"}, "give two prefixes"),
         ({"valid": out / "v", "valid_fraction": 1.0}, "--valid-fraction is 1.0"),
         ({"valid": out / "v", "valid_fraction": 1e-9}, r"no document is left for .*v \(left out: 1 empty\)"),
     ):
@@ -274,6 +305,57 @@ def test_a_damaged_file_ends_the_command(tmp_path, inputs, tokenizer, workers):
         plan(Corpus(inputs), tokenizer.path, tmp_path / "out" / "s")
 
 
+def test_outputs_in_a_folder_of_inputs_are_no_inputs(tmp_path, tokenizer):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("x = 1", "", "x = 2"))
+    data = write(tmp_path / "data", {"a.jsonl": lines, "b.jsonl": lines})
+    (tmp_path / "link").symlink_to(data)
+    corpus, before = Corpus([data], suffixes=(".jsonl", ".json")), None
+    for _ in range(2):
+        job = plan(corpus, tokenizer.path, tmp_path / "link" / "s")
+        run_unit(job, 0)
+        assert plan(corpus, tokenizer.path, tmp_path / "link" / "s") == job, "it goes on"
+        prepare(job, 1)
+        assert (data / "s.rejects.jsonl").exists()
+        assert before in (None, files(data))
+        before = files(data)
+        (data / "s.bin").unlink()
+    with pytest.raises(UserError, match="has no file that ends in"):
+        plan(Corpus([data], suffixes=("s.json",)), tokenizer.path, data / "s")
+
+
+def test_names_come_after_contents(tmp_path, tokenizer, monkeypatch):
+    """A power loss must not leave a name of a part or a shard without its content."""
+    text = [{"text": "ask", "loss": False}, {"text": "!", "loss": True}]
+    write(tmp_path, {"d.jsonl": json.dumps({"text": text}) + "\n{\n"})
+    synced, renamed, order = set(), [], []
+    fsync, replace = os.fsync, os.replace
+
+    def record(file):
+        synced.add(os.fstat(file).st_ino)
+        order.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def check(old, new):
+        path = Path(old)
+        if path.suffix != ".tmp" or ".spans." not in path.name:  # spans are forced when they have their name
+            for inner in [path, *(path.iterdir() if path.is_dir() else ())]:
+                assert inner.stat().st_ino in synced, f"{inner} is not on the disk"
+        renamed.append(Path(new).name)
+        order.append(f"-> {new}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", check)
+    prepare(plan(Corpus([tmp_path / "d.jsonl"]), tokenizer.path, tmp_path / "out" / "s"), 1)
+    names = ["units.jsonl", "job.json", "train.bin", "train.json", "train.idx", "000000", "s.bin", "s.json", "s.idx"]
+    assert [name for name in renamed if name in names] == names
+    spans = order.index(f"{tmp_path}/out/s.spans")
+    assert order.index(f"-> {tmp_path}/out/s.spans") < spans < order.index(f"-> {tmp_path}/out/s.idx")
+    for name in ("s.bin", "s.json", "s.idx"):
+        place = order.index(f"-> {tmp_path}/out/{name}")
+        assert order[place + 1] == f"{tmp_path}/out", "a name is on the disk before the next one is given"
+
+
 def test_other_options_do_not_go_on(tmp_path, inputs, tokenizer):
     job = plan(Corpus(inputs), tokenizer.path, tmp_path / "s")
     with pytest.raises(UserError, match=r"another min_bytes \(0\); give the same inputs and options"):
@@ -286,10 +368,65 @@ def test_other_options_do_not_go_on(tmp_path, inputs, tokenizer):
 def test_one_command_at_a_time(tmp_path, inputs, tokenizer):
     job = plan(Corpus(inputs), tokenizer.path, tmp_path / "s")
     with (
-        prepare.__globals__["_locked"](job),
-        pytest.raises(UserError, match=r"another `megacode prepare` works on .*s\.parts"),
+        locked(job.output),
+        pytest.raises(UserError, match=r"another `megacode prepare` works on .*s; wait"),
     ):
         prepare(job, 1)
+    with locked(tmp_path / "new"), pytest.raises(UserError, match=r"works on .*new; wait"):
+        plan(Corpus(inputs), tokenizer.path, tmp_path / "new")
+    assert not (tmp_path / "new.parts").exists()
+    with locked(job.output, shared=True), locked(job.output, shared=True):
+        assert plan(Corpus(inputs), tokenizer.path, tmp_path / "s") == job, "nothing is written, so nothing is locked"
+        with pytest.raises(UserError, match="another `megacode prepare` works on"):
+            prepare(job, 1)
+    assert not (tmp_path / "s.lock").exists()
+    prepare(job, 1)
+    with pytest.raises(UserError, match=r"job\.json is missing"):
+        prepare(job, 1)  # another command has been faster
+    (tmp_path / "s.lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*s\.lock: Is a directory; mend that"):
+        prepare(job, 1)
+
+
+def test_a_job_that_another_command_has_replaced(tmp_path, inputs, tokenizer):
+    job = plan(Corpus(inputs), tokenizer.path, tmp_path / "s")
+    shutil.rmtree(job.folder)
+    plan(Corpus(inputs), tokenizer.path, tmp_path / "s", valid=tmp_path / "v")
+    with pytest.raises(UserError, match=r"s\.parts has become another preparation's"):
+        prepare(job, 1)
+
+
+def test_the_lock_of_a_holder_that_has_gone_is_taken_anew(tmp_path, monkeypatch):
+    real, removed = lock.fcntl.flock, []
+
+    def flock(file, kind):
+        if not removed:
+            removed.append((tmp_path / "s.lock").unlink())  # between opening and locking
+        real(file, kind)
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with locked(tmp_path / "s"), pytest.raises(UserError, match="another"), locked(tmp_path / "s"):
+        pass
+
+
+def test_what_is_left_of_parts_does_not_let_a_shard_be_replaced(tmp_path, inputs, tokenizer, monkeypatch):
+    prepare(plan(Corpus(inputs[:1]), tokenizer.path, tmp_path / "s"), 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("s.*")}
+    (tmp_path / "s.parts" / "000003").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"s\.bin is there already"):
+        plan(Corpus(inputs[1:]), tokenizer.path, tmp_path / "s")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("s.*[!s]")} == before
+    for name in before:
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"s\.parts has no job\.json that says what its parts are of; remove"):
+        plan(Corpus(inputs[1:]), tokenizer.path, tmp_path / "s")
+    shutil.rmtree(tmp_path / "s.parts")
+    real = shutil.rmtree
+    monkeypatch.setattr(parts.shutil, "rmtree", lambda path, *args, **kwargs: None)
+    prepare(plan(Corpus(inputs[1:]), tokenizer.path, tmp_path / "s"), 1)
+    assert not (tmp_path / "s.parts").exists(), "parts of which some are gone do not have their name"
+    assert (tmp_path / "s.parts.done.tmp").exists()
+    monkeypatch.setattr(parts.shutil, "rmtree", real)
 
 
 @pytest.fixture

@@ -146,11 +146,12 @@ def test_json_lines(tmp_path, name):
 
 def test_segments_and_languages(tmp_path):
     segments = [{"text": "ask ", "loss": False}, {"text": "answer", "loss": True, "more": 1}]
-    records = [{"code": segments, "lang": "C++"}, {"code": "x", "lang": 7}]
+    records = [{"code": segments, "lang": "C++"}, {"code": "x", "lang": 7}, {"code": "y", "lang": "\ud800"}]
     write(tmp_path, {"d.jsonl": "".join(json.dumps(record) + "\n" for record in records)})
-    first, second = Corpus([tmp_path / "d.jsonl"], fields=Fields("code", "lang")).documents()
+    first, second, third = Corpus([tmp_path / "d.jsonl"], fields=Fields("code", "lang")).documents()
     assert (first.text, first.segments, first.language) == ("ask answer", (("ask ", False), ("answer", True)), "c++")
     assert (second.text, second.segments, second.language) == ("x", None, None)
+    assert (third.text, third.language) == ("y", None), "half a surrogate pair can't be written down"
 
 
 def test_a_document_that_is_too_large_is_not_read(tmp_path, monkeypatch):

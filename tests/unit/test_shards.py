@@ -107,6 +107,12 @@ def test_what_was_written_is_read(tmp_path_factory, documents, block):
     assert [shards.document_start(i) for i in range(len(documents) + 1)] == starts
 
 
+def test_facts_that_are_no_unicode_can_be_read(tmp_path):
+    with ShardWriter(tmp_path / "s", 1000, source="ä\ud800") as writer:
+        writer.add_document([1])
+    assert Shards(tmp_path / "s").facts["source"] == "ä?"
+
+
 def test_opening_does_not_read_the_index(tmp_path):
     # An index of 100 million documents, all holes: reading it would cost seconds and 2 GB, opening must not.
     count = 10**8

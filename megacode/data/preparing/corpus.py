@@ -20,6 +20,7 @@ from megacode.data.preparing.readers import (
     Reject,
     Segments,
     Watch,
+    encodable,
     json_lines,
     parquet,
     parquet_groups,
@@ -32,6 +33,8 @@ SUFFIXES = (".py",)
 EXCLUDE = (".git", ".venv", "__pycache__", "node_modules", "site-packages", "test", "tests")
 UNIT_BYTES = 64 << 20
 """About how much of the inputs one unit is, as they lie on disk; less of small inputs, so that cores end together."""
+_OWN = (".bin", ".idx", ".json", ".spans", ".rejects.jsonl", ".parts", ".parts.done.tmp", ".slurm", ".lock")
+"""What a preparation makes, behind its prefixes."""
 _SMALL_UNIT_BYTES, _ENOUGH_UNITS = 4 << 20, 128
 
 
@@ -105,7 +108,7 @@ class Corpus:
     @property
     def source(self) -> str:
         """The inputs, in words."""
-        return f"{', '.join(map(str, self.inputs))} (folders: {' '.join(self.taken)})"
+        return encodable(f"{', '.join(map(str, self.inputs))} (folders: {' '.join(self.taken)})")
 
     def absolute(self) -> "Corpus":
         """The same with absolute paths."""
@@ -116,8 +119,11 @@ class Corpus:
         """Ends of the file names that are taken in folders."""
         return self.suffixes or tuple(s for name in self.filters.languages for s in suffixes_of(name)) or SUFFIXES
 
-    def plan(self) -> Iterator[Unit]:
+    def plan(self, outputs: Sequence[str] = ()) -> Iterator[Unit]:
         """Cut the inputs into units. They depend on the files' names and sizes alone.
+
+        Args:
+            outputs: Prefixes of shards that will be written: what stands there is no input, though in a folder of them.
 
         Raises:
             UserError: an input is missing or of a kind that is not read, or a folder without any file to take.
@@ -125,7 +131,7 @@ class Corpus:
         unit: list[Piece] = []
         num_bytes = 0
         _refuse_doubles(self.inputs)
-        files = self._files()
+        files = self._files(outputs)
         most = min(UNIT_BYTES, max(_SMALL_UNIT_BYTES, sum_bytes(files) // _ENOUGH_UNITS))
         for piece in self._pieces(files, most):
             if unit and num_bytes + piece.num_bytes > most:
@@ -169,11 +175,12 @@ class Corpus:
         path = Path(self.inputs[piece.input])
         return path / piece.name if path.is_dir() else path
 
-    def _files(self) -> list[Piece]:
+    def _files(self, outputs: Sequence[str]) -> list[Piece]:
+        own = frozenset(f"{os.path.realpath(prefix)}{end}" for prefix in outputs for end in _OWN)
         files = [
             Piece(number, name, stat.st_size, stat.st_mtime_ns, stat.st_size)
             for number, path in enumerate(self.inputs)
-            for name, stat in _find(Path(path), self.taken, frozenset(self.exclude))
+            for name, stat in _find(Path(path), self.taken, frozenset(self.exclude), own)
         ]
         files.sort(key=lambda file: (name_hash(file.name, "order"), file.name))
         return files
@@ -265,20 +272,25 @@ def _row_groups(file: Piece, groups: Sequence[int], most: int) -> Iterator[Piece
         yield file._replace(num_bytes=num_bytes, start=start, stop=len(groups))
 
 
-def _find(path: Path, suffixes: tuple[str, ...], exclude: frozenset[str]) -> Iterator[tuple[str, os.stat_result]]:
-    """The files of one input: path below the input, and what the system says of it."""
+def _find(
+    path: Path, suffixes: tuple[str, ...], exclude: frozenset[str], own: frozenset[str]
+) -> Iterator[tuple[str, os.stat_result]]:
+    """The files of one input: path below the input, and what the system says of it; but for those in `own`."""
     if not path.is_dir():
         if not path.is_file():
             raise UserError(f"{path} is no file and no folder; check the inputs")
         yield path.name, path.stat()
         return
-    found = False
+    found, root = False, os.path.realpath(path)
+    own_below = {os.path.relpath(name, root) for name in own}
     folders = [(str(path), "")]
     while folders:
         folder, below = folders.pop()
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
+                    if below + entry.name in own_below:
+                        continue
                     if entry.is_dir(follow_symlinks=False):
                         if entry.name not in exclude:
                             folders.append((entry.path, f"{below}{entry.name}/"))

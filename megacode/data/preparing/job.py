@@ -1,18 +1,22 @@
 """What one preparation is: its inputs and options, cut into units, on disk so that any process can work on a unit."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from megacode.data.durable import rename
 from megacode.data.preparing.corpus import Corpus, Document, Piece, Unit, sum_bytes
 from megacode.data.preparing.filters import Filters
+from megacode.data.preparing.lock import locked
 from megacode.data.preparing.readers import Fields, Watch
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
@@ -112,32 +116,61 @@ class Job:
         """Cut the inputs into units and write the job into its folder, or go on with it where it stands there already.
 
         Raises:
-            UserError: the inputs cannot be read, or the folder holds parts of another job.
+            UserError: the inputs cannot be read, the folder holds parts of another job, a shard stands there already,
+                or another command is at work.
         """
-        temporary = self.folder / f"{_UNITS}.{os.getpid()}.tmp"
-        units, made = self.corpus.plan(), not self.folder.exists()
+        units = self.corpus.plan(list(self.prefixes.values()))
         first = next(units, None)  # inputs that are not there are told before a folder is made
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sha256, num_units, num_bytes = hashlib.sha256(), 0, 0
+        with contextlib.ExitStack() as stack:
+            if not self.planned:  # else others may be at work on it, and nothing is written
+                stack.enter_context(locked(self.output))
+            return self._planned(itertools.chain([] if first is None else [first], units))
+
+    @property
+    def planned(self) -> bool:
+        """Whether a job, this one or another one, stands in the folder."""
+        return (self.folder / _JOB).exists()
+
+    def _planned(self, units: Iterator[Unit]) -> "Job":
+        goes_on = self.planned
+        made = not self.folder.exists()
+        if not goes_on:
+            self._refuse_outputs()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f"{_UNITS}.{os.getpid()}.tmp"
         try:
             with temporary.open("wb") as file:
-                while first is not None:
-                    line = json.dumps(first).encode() + b"\n"
-                    file.write(line)
-                    sha256.update(line)
-                    num_units, num_bytes = num_units + 1, num_bytes + sum_bytes(first)
-                    first = next(units, None)
-            job = dataclasses.replace(self, num_units=num_units, num_bytes=num_bytes, units_sha256=sha256.hexdigest())
-            if (self.folder / _JOB).exists():
+                job = self._cut(units, file)
+            if goes_on:
                 _same(Job.load(self.folder), job)
             else:
-                os.replace(temporary, self.folder / _UNITS)
+                rename(temporary, self.folder / _UNITS)
                 job._write()
         finally:
             temporary.unlink(missing_ok=True)
-            if made and not (self.folder / _JOB).exists():
+            if made and not self.planned:
                 shutil.rmtree(self.folder)
         return job
+
+    def _cut(self, units: Iterator[Unit], file: BinaryIO) -> "Job":
+        """Write the list of units."""
+        sha256, num_units, num_bytes = hashlib.sha256(), 0, 0
+        for unit in units:
+            line = json.dumps(unit).encode() + b"\n"
+            file.write(line)
+            sha256.update(line)
+            num_units, num_bytes = num_units + 1, num_bytes + sum_bytes(unit)
+        return dataclasses.replace(self, num_units=num_units, num_bytes=num_bytes, units_sha256=sha256.hexdigest())
+
+    def _refuse_outputs(self) -> None:
+        """What stands there and is not of a job that is to go on must not be replaced, nor taken for parts."""
+        for prefix in self.prefixes.values():
+            if os.path.lexists(f"{prefix}.bin"):
+                raise UserError(
+                    f"{prefix}.bin is there already; remove it with its .idx and .json, or name another prefix"
+                )
+        if self.folder.exists() and any(path.is_dir() for path in self.folder.iterdir()):
+            raise UserError(f"{self.folder} has no {_JOB} that says what its parts are of; remove that folder")
 
     @functools.cached_property
     def _places(self) -> list[int]:
@@ -152,7 +185,7 @@ class Job:
         path = self.folder / _JOB
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        rename(temporary, path)
 
 
 def parts_folder(output: str | Path) -> Path:

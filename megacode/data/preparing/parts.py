@@ -4,6 +4,7 @@ A part is a folder, PREFIX.parts/UNIT, that gets this name when it is whole: sha
 validation shard, `valid`; rejects.jsonl; and unit.json with what merging needs to know besides.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -17,9 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.durable import rename, sync
 from megacode.data.preparing.corpus import is_valid
 from megacode.data.preparing.job import Job, documents
-from megacode.data.preparing.readers import LINES, Reject, Segments, Watch
+from megacode.data.preparing.readers import LINES, Reject, Segments, Watch, encodable
 from megacode.data.preparing.streams import OnBytes
 from megacode.data.shards import Shards, ShardWriter
 from megacode.data.spans import SpansWriter, spans_path
@@ -51,9 +53,9 @@ def run_unit(job: Job, unit: int, on_bytes: OnBytes = lambda count: None) -> Non
             _write_part(job, unit, folder, on_bytes)
             folder.chmod(job.folder.stat().st_mode)  # mkdtemp's is for its owner alone
             try:
-                os.rename(folder, target)
-            except OSError:
-                if not target.exists():  # else another process has run the same unit
+                rename(folder, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has run the same unit
                     raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -89,12 +91,12 @@ def merge(job: Job) -> dict[str, dict[str, Any]]:
             for writer in writers.values():  # only when all stand may any get its name
                 writer.finish()
             _merge_spans(job)
-            os.replace(temporary, rejects)
+            rename(temporary, rejects)
             if not rejected:
                 rejects.unlink()
     except OSError as error:
         raise cannot_write(job, error) from None
-    shutil.rmtree(job.folder)
+    _remove(job.folder)
     return {side: writer.facts for side, writer in writers.items()}
 
 
@@ -132,7 +134,7 @@ def cannot_write(job: Job, error: OSError) -> UserError:
 
 
 def _write_part(job: Job, unit: int, folder: Path, on_bytes: OnBytes) -> None:
-    dropped = _dropped(job, unit)
+    pieces, dropped = job.unit(unit), _dropped(job, unit)
     tokenizer = job.tokenizer
     watch = Watch(on_bytes)
     rejected: Counter[str] = Counter()
@@ -143,7 +145,7 @@ def _write_part(job: Job, unit: int, folder: Path, on_bytes: OnBytes) -> None:
             nonlocal in_first_piece
             in_first_piece += watch.piece == 0
             rejected[reject.reason] += 1
-            file.write(_line(reject))
+            file.write(_line(reject, pieces[watch.piece].input + 1 if len(job.corpus.inputs) > 1 else None))
 
         watch.on_reject = reject
         prefixes = {side: str(folder / side) for side in job.prefixes}
@@ -181,14 +183,17 @@ def _dropped(job: Job, unit: int) -> dict[int, tuple[str, str | None]]:
         with path.open(encoding="utf-8") as file:
             for line in file:
                 drop = json.loads(line)
-                reasons.setdefault(drop["document"], (drop["reason"], drop.get("found")))
+                # A reason is a key of PREFIX.json, and may name a benchmark's file.
+                reasons.setdefault(drop["document"], (encodable(drop["reason"]), drop.get("found")))
     return reasons
 
 
-def _line(reject: Reject) -> str:
+def _line(reject: Reject, number: int | None) -> str:
+    """A line of the list of rejects; `number` is the input's, from 1, where there are several."""
+    given = {} if number is None else {"input": number}
     line = {} if reject.line is None else {"line": reject.line}
     found = {} if reject.found is None else {"found": reject.found}
-    return json.dumps({"document": reject.name, **line, "reason": reject.reason, **found}) + "\n"
+    return json.dumps({**given, "document": reject.name, **line, "reason": reject.reason, **found}) + "\n"
 
 
 def _merge_side(job: Job, side: str, writer: ShardWriter) -> None:
@@ -209,16 +214,26 @@ def _merge_spans(job: Job) -> None:
         for side, prefix in job.prefixes.items():
             parts = (job.part(unit) / side for unit in range(job.num_units))
             merge_spans(((part, Shards(part).num_documents) for part in parts), prefix)
+            if spans_path(prefix).exists():
+                sync(spans_path(prefix))  # before the shard, whose last file has all that is to stand beside it
     except OSError:
         for prefix in job.prefixes.values():
             spans_path(prefix).unlink(missing_ok=True)
         raise
 
 
+def _remove(folder: Path) -> None:
+    """Remove PREFIX.parts. It loses its name first: parts of which some are gone must not be taken for a job's."""
+    doomed = folder.with_name(f"{folder.name}.done.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)  # of a removal that was interrupted
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # the shards stand: what cannot be removed is no failure
+
+
 def _refuse_empty(job: Job, writers: dict[str, ShardWriter], rejected: Counter[str]) -> None:
     for writer in writers.values():
         if not writer.num_documents:
-            shutil.rmtree(job.folder)  # going on with these parts would end the same way
+            _remove(job.folder)  # going on with these parts would end the same way
             why = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
             raise UserError(
                 f"no document is left for {writer.prefix} (left out: {why}); give more inputs or other options"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megacode.data.preparing.corpus import Corpus
 from megacode.data.preparing.job import Job
+from megacode.data.preparing.lock import locked
 from megacode.data.preparing.parts import cannot_write, merge
 from megacode.data.preparing.pool import num_cores, run_units
 from megacode.data.preparing.readers import Watch
@@ -52,8 +51,8 @@ def plan(
     Raises:
         UserError: an input cannot be read, an output stands there already or cannot be written.
     """
-    if valid is not None and Path(valid) == Path(output):
-        raise UserError(f"--output and --valid are both {output}; give two prefixes")
+    if valid is not None and os.path.realpath(valid) == os.path.realpath(output):
+        raise UserError(f"--output and --valid are both {os.path.realpath(output)}; give two prefixes")
     if not 0 < valid_fraction < 1:
         raise UserError(f"--valid-fraction is {valid_fraction}; give a share between 0 and 1")
     index, benchmarks = _benchmarks(decontaminate)
@@ -70,12 +69,6 @@ def plan(
         dedup=dedup,
         benchmarks=benchmarks,
     )
-    if not job.folder.exists():  # else they are of a merge that was interrupted
-        for prefix in job.prefixes.values():
-            if os.path.lexists(f"{prefix}.bin"):
-                raise UserError(
-                    f"{prefix}.bin is there already; remove it with its .idx and .json, or name another prefix"
-                )
     try:
         job = job.start()
         if index is not None:
@@ -105,10 +98,12 @@ def prepare(
     Raises:
         UserError: an input cannot be read, an output cannot be written, or a shard would be empty.
     """
-    with _locked(job):
+    with locked(job.output):
+        if Job.load(job.folder) != job:
+            raise UserError(f"{job.folder} has become another preparation's; remove it, or name another prefix")
         for leftover in job.folder.glob("*.tmp"):
             if leftover.is_dir():
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)  # what stays goes with the parts
         run_local(stages_of(job), job.folder, workers or num_cores(), on_stage)
         run_units(job, range(job.num_units), workers or num_cores(), on_bytes)
         return merge(job)
@@ -158,14 +153,3 @@ def _benchmarks(files: Sequence[str | Path]) -> tuple[Index | None, str]:
 
     known = " ".join(f"{Path(file).name} {sha256(file)}" for file in files)
     return Index.build(files), known
-
-
-@contextlib.contextmanager
-def _locked(job: Job) -> Iterator[None]:
-    """One command at a time works on a folder of parts."""
-    with (job.folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another `megacode prepare` works on {job.folder}; wait for it or end it") from None
-        yield

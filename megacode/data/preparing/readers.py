@@ -52,6 +52,11 @@ class Fault(Exception):  # noqa: N818 (it is what is wrong with one record)
         return str(self.args[0])
 
 
+def encodable(text: str) -> str:
+    """A text that UTF-8 can hold: half surrogate pairs, as names of files may have them, are spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class Record(NamedTuple):
     """A record of a file.
 
@@ -206,7 +211,12 @@ def _content(value: Any, language: Any, fields: Fields) -> Content:
         raise Fault(f"no field {fields.text!r}")
     segments = None if isinstance(value, str) else _segments(value, fields)
     text = value if segments is None else "".join(part for part, _ in segments)
-    return Content(text, segments, language.lower() if isinstance(language, str) else None)
+    return Content(text, segments, language.lower() if _is_name(language) else None)
+
+
+def _is_name(language: Any) -> bool:
+    """Whether a language can be written down: JSON can spell half a surrogate pair."""
+    return isinstance(language, str) and encodable(language) == language
 
 
 def _segments(value: Any, fields: Fields) -> Segments:
