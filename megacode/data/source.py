@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data import facts
 from megacode.data.shards import IntArray, Shards
 from megacode.data.spans import SpanArray, Spans
 from megacode.errors import UserError
@@ -37,7 +38,7 @@ class OpenShards:
             self._open.move_to_end(prefix)
             return known
         shards = Shards(prefix)
-        found = self._open[prefix] = shards, Spans(prefix, shards.num_documents)
+        found = self._open[prefix] = shards, Spans(prefix, shards.num_documents, facts.num_spans(shards))
         if len(self._open) > _MAX_OPEN:
             self._open.popitem(last=False)
         return found
@@ -84,6 +85,8 @@ class Source:
             self._token_starts.append(self._token_starts[-1] + shards.num_tokens)
             self._document_starts.append(self._document_starts[-1] + shards.num_documents)
             identity.update(f"{shards.num_documents} {shards.num_tokens} {shards.bin_sha256}\n".encode())
+            if spans.num_spans:
+                identity.update(f"{spans.num_spans} {facts.spans_sha256(shards)}\n".encode())
         self.num_tokens, self.num_documents = self._token_starts[-1], self._document_starts[-1]
         self.identity = identity.hexdigest()
 

@@ -33,7 +33,7 @@ def tokenizer(tmp_path_factory):
 
 def write(prefix, lengths, spans=None):
     """Documents in which each token tells its document and, modulo 50, its place."""
-    with ShardWriter(prefix, 60_000) as writer, SpansWriter(prefix) as spans_writer:
+    with ShardWriter(prefix, 60_000) as writer, SpansWriter(prefix, writer.facts) as spans_writer:
         for number, length in enumerate(lengths):
             writer.add_document(100 * number % 50_000 + np.arange(length) % 50)
             spans_writer.add_document(spans[number] if spans else [])
@@ -143,7 +143,10 @@ def test_loss_spans_of_cut_documents(tmp_path, tokenizer):
 
 def code(folder, tokenizer, spans=False):
     generator = random.Random(0)
-    with ShardWriter(folder / "code", tokenizer.vocabulary) as writer, SpansWriter(folder / "code") as spans_writer:
+    with (
+        ShardWriter(folder / "code", tokenizer.vocabulary) as writer,
+        SpansWriter(folder / "code", writer.facts) as spans_writer,
+    ):
         for i in range(300):
             start = generator.randrange(len(TEXT) - 900)
             text = TEXT[start : start + generator.randrange(1, 900)]
