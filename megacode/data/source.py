@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megacode.data import facts
 from megacode.data.shards import IntArray, Shards
@@ -178,6 +177,8 @@ class Source:
 def find_shards(patterns: Sequence[str]) -> list[Path]:
     """The prefixes that a recipe names: each itself or, with *, ? or [, all shards that it matches, in order of name.
 
+    Those of a preparation that is not finished (PREFIX.parts/UNIT/train) are never matched.
+
     Raises:
         UserError: a pattern matches nothing.
     """
@@ -186,13 +187,12 @@ def find_shards(patterns: Sequence[str]) -> list[Path]:
         if not glob.has_magic(pattern):
             found.append(Path(pattern))
             continue
-        matches = sorted(glob.glob(f"{pattern}.idx", recursive=True))
+        matches = [
+            match
+            for match in sorted(glob.glob(f"{pattern}.idx", recursive=True))
+            if ".parts" not in Path(match).parent.parent.suffixes
+        ]
         if not matches:
             raise UserError(f"data.train: no shard matches {pattern} (a prefix: PREFIX.bin and PREFIX.idx); mend it")
         found += [Path(match.removesuffix(".idx")) for match in matches]
     return found
-
-
-def lengths_of(shards: Shards, first: int, stop: int) -> NDArray[np.int32]:
-    """Tokens of documents first..stop-1 of a shard: [stop - first], aligned."""
-    return shards.lengths[first:stop].astype(np.int32)

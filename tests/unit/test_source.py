@@ -103,6 +103,9 @@ def test_find_shards(tmp_path):
         write(tmp_path / name, [[1]])
     found = find_shards([f"{tmp_path}/code-*", f"{tmp_path}/text.v1", f"{tmp_path}/**/code-c"])
     assert found == [tmp_path / name for name in ("code-a", "code-b", "text.v1", "deep/er/code-c")]
+    for folder in ("half.parts", "done.parts.done.tmp"):
+        write(tmp_path / folder / "000000" / "train", [[1]])
+    assert len(find_shards([f"{tmp_path}/**/*"])) == 4, "parts of a preparation that is not finished are no shards"
     with pytest.raises(UserError, match=r"no shard matches .*/none-\*"):
         find_shards([f"{tmp_path}/none-*"])
 
