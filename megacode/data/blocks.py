@@ -14,6 +14,7 @@ last one is packed as a short document is, the others fill a sample each.
 import contextlib
 import hashlib
 import os
+import secrets
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -106,11 +107,10 @@ class BestFit:
     def __init__(self, source: Source, sequence_length: int, key: int, infiller: Infiller) -> None:
         self._source, self._length, self._key, self._infiller = source, sequence_length, key, infiller
         self._reserve = RESERVE if infiller.rate else 0
-        counts, blocks = [], []
-        for shard in range(len(source.prefixes)):
-            found = count_samples(source.shard(shard), sequence_length, self._reserve)
-            counts.append(found)
-            blocks.append(np.stack([np.full(len(found), shard), np.arange(len(found))], axis=1))
+        counts = count_source(source, sequence_length, self._reserve)
+        blocks = [
+            np.stack([np.full(len(found), shard), np.arange(len(found))], axis=1) for shard, found in enumerate(counts)
+        ]
         self._counts = np.concatenate(counts)  # [blocks]; samples
         self._blocks = np.concatenate(blocks)  # [blocks, 2]; shard, and which of its blocks
         self._plans: OrderedDict[tuple[int, int], Plan] = OrderedDict()
@@ -216,6 +216,18 @@ def _keys(key: int, epoch: int, group: int) -> list[int]:
     return draw(key_of(key, epoch, Purpose.PERMUTATION), group, NUM_ROUNDS)
 
 
+def count_source(source: Source, sequence_length: int, reserve: int) -> list[NDArray[np.int64]]:
+    """Samples of each block of each shard of a source: for each shard [blocks].
+
+    Processes that start together share the counting without knowing of each other: each goes through the shards in a
+    random order of its own, and takes what another one has counted and kept meanwhile.
+    """
+    counts: dict[int, NDArray[np.int64]] = {}
+    for shard in np.random.default_rng().permutation(len(source.prefixes)).tolist():
+        counts[shard] = count_samples(source.shard(shard), sequence_length, reserve)
+    return [counts[shard] for shard in range(len(counts))]
+
+
 def count_samples(shards: Shards, sequence_length: int, reserve: int) -> NDArray[np.int64]:
     """Samples of each block of a shard. They are kept in PREFIX.best_fit_LENGTH_RESERVE, which is made here if it is
     missing, damaged or of another shard, and if it can be: [blocks]."""
@@ -226,7 +238,7 @@ def count_samples(shards: Shards, sequence_length: int, reserve: int) -> NDArray
         return kept
     counts = [count(_lengths(shards, number), sequence_length, reserve) for number in range(num_blocks)]
     data = np.concatenate([facts, np.array(counts, "<i8")]).tobytes()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")  # machines have equal process ids
     try:
         temporary.write_bytes(data + hashlib.sha256(data).digest())
         os.replace(temporary, path)

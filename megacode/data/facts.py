@@ -28,6 +28,29 @@ def rejected(shards: Shards) -> dict[str, int]:
     return {reason: _count(shards, "rejected", values, reason) for reason in values}
 
 
+def num_spans(shards: Shards) -> int | None:
+    """Loss spans that PREFIX.spans must have; None where there is no PREFIX.json.
+
+    Raises:
+        UserError: it says what can't be understood.
+    """
+    return _count(shards, "num_spans", {"num_spans": 0} | shards.facts, "num_spans") if shards.facts else None
+
+
+def spans_sha256(shards: Shards) -> str | None:
+    """Of PREFIX.spans; None where there are no loss spans.
+
+    Raises:
+        UserError: it says what can't be understood.
+    """
+    if not num_spans(shards):
+        return None
+    value = shards.facts.get("spans_sha256")
+    if not isinstance(value, str):
+        raise _damaged(shards, "spans_sha256")
+    return value
+
+
 def _mapping(shards: Shards, key: str) -> dict[str, Any]:
     value = shards.facts.get(key, {})
     if not isinstance(value, dict):

@@ -7,7 +7,8 @@ sequence. PREFIX.bin is the tokens alone. Source: Megatron-LM, megatron/core/dat
 
 PREFIX.json: `tokenizer_sha256`, `vocabulary`, `source`, `num_documents`, `num_tokens`, `bin_sha256` (the shard's
 identity: sha256 of the hex digests of `checksums`, one behind the other), `checksums` (bytes and sha256 of each of the
-consecutive stretches that make up PREFIX.bin, 64 MiB at most), and what the writer was told besides.
+consecutive stretches that make up PREFIX.bin, 64 MiB at most), `num_spans` and `spans_sha256` of PREFIX.spans where
+there are loss spans, and what the writer was told besides.
 """
 
 import bisect

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megacode.data import facts
 from megacode.data.shards import IntArray, Shards
 from megacode.data.spans import SpanArray, Spans
 from megacode.errors import UserError
@@ -37,7 +37,7 @@ class OpenShards:
             self._open.move_to_end(prefix)
             return known
         shards = Shards(prefix)
-        found = self._open[prefix] = shards, Spans(prefix, shards.num_documents)
+        found = self._open[prefix] = shards, Spans(prefix, shards.num_documents, facts.num_spans(shards))
         if len(self._open) > _MAX_OPEN:
             self._open.popitem(last=False)
         return found
@@ -84,6 +84,8 @@ class Source:
             self._token_starts.append(self._token_starts[-1] + shards.num_tokens)
             self._document_starts.append(self._document_starts[-1] + shards.num_documents)
             identity.update(f"{shards.num_documents} {shards.num_tokens} {shards.bin_sha256}\n".encode())
+            if spans.num_spans:
+                identity.update(f"{spans.num_spans} {facts.spans_sha256(shards)}\n".encode())
         self.num_tokens, self.num_documents = self._token_starts[-1], self._document_starts[-1]
         self.identity = identity.hexdigest()
 
@@ -175,6 +177,8 @@ class Source:
 def find_shards(patterns: Sequence[str]) -> list[Path]:
     """The prefixes that a recipe names: each itself or, with *, ? or [, all shards that it matches, in order of name.
 
+    Those of a preparation that is not finished (PREFIX.parts/UNIT/train) are never matched.
+
     Raises:
         UserError: a pattern matches nothing.
     """
@@ -183,13 +187,12 @@ def find_shards(patterns: Sequence[str]) -> list[Path]:
         if not glob.has_magic(pattern):
             found.append(Path(pattern))
             continue
-        matches = sorted(glob.glob(f"{pattern}.idx", recursive=True))
+        matches = [
+            match
+            for match in sorted(glob.glob(f"{pattern}.idx", recursive=True))
+            if ".parts" not in Path(match).parent.parent.suffixes
+        ]
         if not matches:
             raise UserError(f"data.train: no shard matches {pattern} (a prefix: PREFIX.bin and PREFIX.idx); mend it")
         found += [Path(match.removesuffix(".idx")) for match in matches]
     return found
-
-
-def lengths_of(shards: Shards, first: int, stop: int) -> NDArray[np.int32]:
-    """Tokens of documents first..stop-1 of a shard: [stop - first], aligned."""
-    return shards.lengths[first:stop].astype(np.int32)

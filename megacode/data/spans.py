@@ -6,6 +6,7 @@ framing counted (int32 [spans, 2]), rising and not overlapping. A shard without 
 count.
 """
 
+import hashlib
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -32,10 +33,13 @@ class SpansWriter:
 
     Args:
         prefix: Of the shard: the file is PREFIX.spans.
+        facts: What goes to the shard's PREFIX.json: gets `num_spans` and `spans_sha256`, of the whole file, when the
+            `with` block ends, so that block must end before the shard is finished.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, facts: dict[str, Any] | None = None) -> None:
         self.prefix = Path(prefix)
+        self._facts = {} if facts is None else facts
         self.num_documents = 0
         self.num_spans = 0
 
@@ -83,30 +87,36 @@ class SpansWriter:
 
     def _finish(self) -> None:
         path = spans_path(self.prefix)
+        self._facts["num_spans"] = self.num_spans
         if not self.num_spans:
             path.unlink(missing_ok=True)
             return
         self._firsts.write(struct.pack("<q", self.num_spans))
+        header = HEADER.pack(MAGIC, 1, self.num_documents, self.num_spans)
+        sha256 = hashlib.sha256(header)
         with self._temporary("whole").open("wb") as whole:
-            whole.write(HEADER.pack(MAGIC, 1, self.num_documents, self.num_spans))
+            whole.write(header)
             for file in (self._firsts, self._spans):
                 file.seek(0)
                 while block := file.read(8 * _BLOCK):
+                    sha256.update(block)
                     whole.write(block)
+        self._facts["spans_sha256"] = sha256.hexdigest()
         os.replace(self._temporary("whole"), path)
 
 
-def merge(parts: Iterable[tuple[str | Path, int]], prefix: str | Path) -> None:
+def merge(parts: Iterable[tuple[str | Path, int]], prefix: str | Path, facts: dict[str, Any] | None = None) -> None:
     """Write PREFIX.spans of a shard whose documents are those of other shards, one shard after the other.
 
     Args:
         parts: prefix and number of documents of each; those without a .spans file have no spans.
         prefix: Of the whole.
+        facts: See `SpansWriter`.
 
     Raises:
         UserError: the file of a part is damaged.
     """
-    with SpansWriter(prefix) as writer:
+    with SpansWriter(prefix, facts) as writer:
         for part, num_documents in parts:
             writer.add_documents(Spans(part, num_documents))
 
@@ -114,17 +124,28 @@ def merge(parts: Iterable[tuple[str | Path, int]], prefix: str | Path) -> None:
 class Spans:
     """The spans of a shard, memory-mapped; without the file PREFIX.spans there are none. Opening reads the header only.
 
+    Args:
+        prefix: Of the shard.
+        num_documents: That it has.
+        num_spans: That it must have, by PREFIX.json; None where that is not known.
+
     Attributes:
         num_documents, num_spans: Counts.
 
     Raises:
-        UserError: the file is truncated, of another format, or has other documents than the shard.
+        UserError: the file is truncated, of another format, or has other documents than the shard, or
+            there are other spans than there must be.
     """
 
-    def __init__(self, prefix: str | Path, num_documents: int) -> None:
+    def __init__(self, prefix: str | Path, num_documents: int, num_spans: int | None = None) -> None:
         self.path = spans_path(prefix)
         self.num_documents = num_documents
         self.num_spans = self._read_header()
+        if num_spans not in (None, self.num_spans):
+            raise UserError(
+                f"{self.path} is missing or another one: {prefix}.json says {num_spans} loss spans and there are "
+                f"{self.num_spans}; put it back, or prepare the shard again"
+            )
         count = num_documents + 1 if self.num_spans else 0
         self._firsts = _map(self.path, "<i8", HEADER.size, (count,))  # [num_documents + 1]
         self._pairs = _map(
@@ -163,11 +184,12 @@ class Spans:
         for start in range(0, self.num_spans, _BLOCK):
             yield self._pairs[start : start + _BLOCK]
 
-    def verify(self, lengths: NDArray[np.integer[Any]]) -> None:
+    def verify(self, lengths: NDArray[np.integer[Any]], sha256: str | None = None) -> None:
         """Read everything: spans must rise within each document and end before it does.
 
         Args:
             lengths: tokens of each document: [num_documents].
+            sha256: of the file; None where that is not known.
 
         Raises:
             UserError: the file is damaged, or belongs to another shard.
@@ -191,6 +213,13 @@ class Spans:
                     byte,
                     f"a span of document {document} ends at token {pairs[span, 1]} and the document has "
                     f"{lengths[document]}",
+                )
+        if self.num_spans and sha256 is not None:
+            with self.path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != sha256:
+                raise UserError(
+                    f"{self.path} is damaged: it has another checksum than its .json says; prepare the shard again"
                 )
 
     def _read_header(self) -> int:

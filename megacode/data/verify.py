@@ -53,8 +53,8 @@ def verify(
         if tokenizer is None:
             unchecked.append("whether ids are rows of the vocabulary (--tokenizer is not given)")
     shards.verify(None if tokenizer is None else tokenizer.vocabulary, on_bytes)
-    spans = Spans(prefix, shards.num_documents)
-    spans.verify(shards.lengths)
+    spans = Spans(prefix, shards.num_documents, facts.num_spans(shards))
+    spans.verify(shards.lengths, facts.spans_sha256(shards))
     on_bytes(_size(spans_path(prefix)))
     if shards.facts:
         _verify_rejects(prefix, facts.rejected(shards))

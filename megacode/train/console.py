@@ -28,7 +28,8 @@ class Console:
         if kind == "events":
             self._print(values["text"])
         elif "validation_loss" in values:
-            self._print(f"{self._head(values)}  validation loss {_number(values['validation_loss'], '.4f')}")
+            loss = _number(values["validation_loss"], ".4f") if values["validation_tokens"] else "of no token"
+            self._print(f"{self._head(values)}  validation loss {loss}")
         elif self.console.is_terminal:
             self._draw(values)
         else:

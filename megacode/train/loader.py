@@ -5,6 +5,7 @@ numbers.
 """
 
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from megacode.train.faults import SIGNALS
 
 STEPS_AHEAD = 2
 """So many steps' micro-batches wait ready, at least; tokens of a step take a few MB."""
+
+
+OUTCOMES = ("uncut", "infilled", "irreversible", "unfitting", "spanned")
+"""What becomes of documents of a step (see `Infiller`)."""
 
 
 class Stream(Protocol):
@@ -77,6 +82,9 @@ class Loader:
         per_step: Micro-batches of a step on this rank.
         workers: Processes that read ahead; 0: this process reads each when it is asked for.
         context: Context ranks, which share each sample, and which of them this is.
+
+    Attributes:
+        documents: What became of documents of the samples of the last step that was asked for.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class Loader:
         context: tuple[int, int] = (1, 0),
     ) -> None:
         self._per_step, self._context = per_step, context
+        self.documents: Counter[str] = Counter()
         loader = DataLoader(
             Reader(stream),
             batch_size=None,
@@ -116,11 +125,12 @@ class Loader:
             UserError: a shard is damaged.
             RuntimeError: a worker has died.
         """
-        batches = []
+        batches, self.documents = [], Counter()
         for _ in range(self._per_step):
             batch = self._next()
             if isinstance(batch, UserError):
                 raise batch
+            self.documents += batch.counts
             batches.append(own_part(_on_host(batch), *self._context))
         return batches
 
@@ -158,6 +168,14 @@ def count_labels(batches: Sequence[MicroBatch], mesh: Mesh, num_groups: int) -> 
         return torch.zeros(num_groups, dtype=torch.int64)
     counted = torch.cat([batch.groups[batch.labels != IGNORE] for batch in batches if batch.groups is not None])
     return torch.bincount(counted, minlength=num_groups)
+
+
+def count_documents(documents: Counter[str], mesh: Mesh) -> Tensor:
+    """[OUTCOMES] documents by what became of them, of this rank's part of a step; their sum over all ranks is the
+    step's. Tensor and context ranks read the same samples as each other, and so do pipeline stages: one rank counts.
+    """
+    counts = mesh.tensor_rank == mesh.context_rank == 0 and mesh.pipeline_rank == 0
+    return torch.tensor([documents[outcome] if counts else 0 for outcome in OUTCOMES])
 
 
 def _as_it_is(batch: Any) -> Any:

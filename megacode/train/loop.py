@@ -26,8 +26,15 @@ from megacode.plan.model import flops_per_token
 from megacode.recipe import Recipe
 from megacode.train.faults import Asked, Requests
 from megacode.train.journal import Journal
-from megacode.train.loader import Loader, count_labels, load
-from megacode.train.metrics import device_peak_teraflops, memory_bytes, split_losses, write_status
+from megacode.train.loader import OUTCOMES, Loader, count_documents, count_labels, load
+from megacode.train.metrics import (
+    count_figures,
+    device_peak_teraflops,
+    memory_bytes,
+    split_losses,
+    validation_figures,
+    write_status,
+)
 from megacode.train.profile import profiled
 from megacode.train.schedule import learning_rate
 from megacode.train.start import writer
@@ -117,7 +124,7 @@ class Trainer:
         doing("reading data")
         with measure("data"):
             batches, counts = self._batches(self.loader)
-        num_valid = counts.sum().clamp(min=1)
+        num_valid = counts[:groups].sum().clamp(min=1)
         sums = self.engine.train_step(batches, self.mesh.zero_size / num_valid)
         asked = to_device(self.requests.noted(self.progress.step + 1), self.device)
         totals = torch.cat([sums / self.mesh.tensor, asked])
@@ -131,7 +138,8 @@ class Trainer:
             with awaiting_device():
                 values = torch.cat([part.double().flatten() for part in (totals, counts, norm, skipped)]).tolist()
         loss_sums, flags = values[:groups], values[groups : len(totals)]
-        label_counts, (norm_value, skip) = values[len(totals) : -2], values[-2:]
+        values, (norm_value, skip) = values[len(totals) : -2], values[-2:]
+        label_counts, documents = values[:groups], values[groups:]
         self.progress = dataclasses.replace(
             self.progress,
             step=self.progress.step + 1,
@@ -142,6 +150,7 @@ class Trainer:
         doing("logging")
         with measure("logging"):
             losses = split_losses(loss_sums, label_counts, self.stream.sources)
+            losses |= count_figures(dict(zip(OUTCOMES, map(int, documents), strict=True)))
             figures = {**losses, "grad_norm": norm_value, "learning_rate": rate, "skipped": bool(skip)}
             self._log(figures, time.monotonic() - started)
         self._judge(figures, first)
@@ -205,15 +214,14 @@ class Trainer:
             doing("reading validation data")
             batches, batch_counts = self._batches(loader)
             sums += self.engine.evaluate(batches)
-            counts += batch_counts
+            counts += batch_counts[: len(counts)]
         with communicating("all-reduce", "world"):
             dist.all_reduce(sums)
         if self.journal is not None:
             with awaiting_device():
                 num_valid, total = int(counts.sum()), float(sums.sum())
-            mean = total / self.mesh.tensor / num_valid
-            line = {"step": self.progress.step, "validation_loss": mean, "validation_tokens": num_valid}
-            self.journal.metrics(line)
+            figures = validation_figures(total / self.mesh.tensor, num_valid)
+            self.journal.metrics({"step": self.progress.step, **figures})
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
@@ -237,11 +245,12 @@ class Trainer:
             self.journal.event("checkpoint", step, text, folder=str(folder), seconds=seconds, bytes=size)
 
     def _batches(self, loader: Loader) -> tuple[list[MicroBatch], torch.Tensor]:
-        """This rank's micro-batches of the loader's next step, and how many labels of the whole step count, by group:
-        2 * source + whether the label belongs to an infilling document.
+        """This rank's micro-batches of the loader's next step, and counts of the whole step [groups + OUTCOMES]: labels
+        that count, by group (2 * source + whether the label belongs to an infilling document), and documents.
         """
         host = loader.step()
-        totals = to_device(count_labels(host, self.mesh, 2 * len(self.stream.sources)), self.device)
+        labels = count_labels(host, self.mesh, 2 * len(self.stream.sources))
+        totals = to_device(torch.cat([labels, count_documents(loader.documents, self.mesh)]), self.device)
         batches = [batch.to(self.device) for batch in host]  # first: a copy may wait for what is enqueued
         with communicating("all-reduce", "world"):
             dist.all_reduce(totals)

@@ -69,6 +69,17 @@ def split_losses(sums: list[float], counts: list[float], sources: tuple[str, ...
     }
 
 
+def count_figures(documents: dict[str, int]) -> dict[str, Any]:
+    """What became of a step's documents, and the share of those that lay uncut which became infilling documents."""
+    uncut = documents["uncut"]
+    return {"documents": documents, "infilled_documents": documents["infilled"] / uncut if uncut else None}
+
+
+def validation_figures(loss_sum: float, num_labels: int) -> dict[str, Any]:
+    """Mean loss of a validation; None where loss spans leave nothing of the samples that were looked at."""
+    return {"validation_loss": loss_sum / num_labels if num_labels else None, "validation_tokens": num_labels}
+
+
 def package_versions() -> dict[str, str]:
     """Those of PACKAGES that are installed."""
     versions = {}

@@ -47,11 +47,17 @@ def assert_replayed(run, steps):
         step = open_step(run, number)
         assert step.unknown is None, "the run says what its shards were"
         counts = Counter()
+        uncut, infilled = 0, 0
         for sample in as_json(step, step.choose(None), tokens=True)["samples"]:
+            infilled += sum(part["kind"] in ("PSM", "SPM") for part in sample["parts"])
+            uncut += sum(part["kind"] in ("PSM", "SPM", "whole") for part in sample["parts"])
             for part in sample["parts"]:
                 counts[part["kind"] in ("PSM", "SPM")] += sum(part["loss"])
         assert {"train": counts.total()} == lines[number]["labels_by_source"]
         assert counts[True] / counts.total() == pytest.approx(lines[number]["infilled_share"])
+        documents = lines[number]["documents"]
+        assert (documents["uncut"], documents["infilled"]) == (uncut, infilled)
+        assert lines[number]["infilled_documents"] == (infilled / uncut if uncut else None)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,9 @@ class Numbers:
         tokens = np.repeat(np.array(indices)[:, None], LENGTH, axis=1)
         positions = np.broadcast_to(np.arange(LENGTH), tokens.shape).copy()
         return MicroBatch(
-            tokens, tokens.copy(), positions, tokens % 2 == 1, np.zeros(len(indices), np.int64), cu_seqlens=None
-        )
+            tokens, tokens.copy(), positions, tokens % 2 == 1, np.zeros(len(indices), np.int64), cu_seqlens=None,
+            counts=Counter(uncut=len(indices), infilled=sum(number % 2 for number in indices), padding=5),
+        )  # fmt: skip
 
 
 def mesh(**changes):

@@ -18,7 +18,7 @@ def write_code(prefix, tokenizer, num_documents=60, seed=0, longest=400, spans=F
     sums = {"documents": 0, "tokens": 0, "bytes": 0}
     with (
         ShardWriter(prefix, tokenizer.vocabulary, tokenizer_sha256=tokenizer.sha256, source="argparse") as writer,
-        SpansWriter(prefix) as spans_writer,
+        SpansWriter(prefix, writer.facts) as spans_writer,
     ):
         for number in range(num_documents):
             start = generator.randrange(len(SOURCE) - longest)

@@ -26,10 +26,10 @@ def tokenizer(folder):
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_a_start_on_many_shards(folder, tokenizer, packing, capsys):
     """50 shards of a billion tokens each, of which a start reads next to nothing."""
-    prefixes = loading.write_huge(folder / "huge", tokenizer, 50, 50 * 10**9)
+    prefixes = loading.write_sparse(folder / "huge", tokenizer, 50, loading.long_lengths(50, 50 * 10**9))
     assert sum(prefix.with_suffix(".bin").stat().st_size for prefix in prefixes) == 10**11
     assert sum(prefix.with_suffix(".bin").stat().st_blocks for prefix in prefixes) < 1000
-    loading.start(folder, packing, loading.FAR_STEP)
+    loading.start(folder, "huge", packing, loading.FAR_STEP)
     figures = json.loads(capsys.readouterr().out)
     assert figures["peak_bytes"] - figures["peak_bytes_before"] < 50 * 2**20
     assert figures["tokens_per_second"] > 0
@@ -57,3 +57,11 @@ def test_figures_of_planning():
     assert -0.001 < row["more_than_concatenated"] < 0.001
     assert row["more_than_concatenated"] < row["more_with_reserve"] < 0.01
     assert min(row["count_documents_per_second"], row["plan_documents_per_second"]) > 0
+
+
+def test_figures_of_counting(tmp_path, folder, tokenizer):
+    row = loading.counting_figures(folder, tokenizer, 3000, processes=2)
+    assert (row["documents"], row["files"], len(row["first_at_once"])) == (3000, 3, 2)
+    assert 500 < row["tokens"] / 3000 < 2000
+    assert not (folder / "dense").exists()
+    loading.print_counting(row)

@@ -4,7 +4,9 @@ import argparse
 import inspect
 import pickle
 import random
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacode.data import blocks
-from megacode.data.blocks import BestFit, count, count_samples, plan
+from megacode.data.blocks import BestFit, count, count_samples, count_source, plan
 from megacode.data.infill import Infiller
 from megacode.data.packing import join
 from megacode.data.shards import Shards, ShardWriter
@@ -33,7 +35,7 @@ def tokenizer(tmp_path_factory):
 
 def write(prefix, lengths, spans=None):
     """Documents in which each token tells its document and, modulo 50, its place."""
-    with ShardWriter(prefix, 60_000) as writer, SpansWriter(prefix) as spans_writer:
+    with ShardWriter(prefix, 60_000) as writer, SpansWriter(prefix, writer.facts) as spans_writer:
         for number, length in enumerate(lengths):
             writer.add_document(100 * number % 50_000 + np.arange(length) % 50)
             spans_writer.add_document(spans[number] if spans else [])
@@ -143,7 +145,10 @@ def test_loss_spans_of_cut_documents(tmp_path, tokenizer):
 
 def code(folder, tokenizer, spans=False):
     generator = random.Random(0)
-    with ShardWriter(folder / "code", tokenizer.vocabulary) as writer, SpansWriter(folder / "code") as spans_writer:
+    with (
+        ShardWriter(folder / "code", tokenizer.vocabulary) as writer,
+        SpansWriter(folder / "code", writer.facts) as spans_writer,
+    ):
         for i in range(300):
             start = generator.randrange(len(TEXT) - 900)
             text = TEXT[start : start + generator.randrange(1, 900)]
@@ -178,6 +183,27 @@ def test_documents_with_loss_spans_stay_plain(tmp_path, tokenizer):
     assert counts["spanned"] > 50
     assert all(piece.document % 2 == 0 for piece in pieces if piece.infilled)
     assert all(piece.unpredicted is not None for piece in pieces if piece.document % 2 == 1 and piece.start == 0)
+
+
+def test_starts_at_the_same_time_share_the_counting(tmp_path, monkeypatch):
+    prefixes = [tmp_path / str(number) for number in range(30)]
+    for number, prefix in enumerate(prefixes):
+        write(prefix, [5 + number] * (number + 1))
+    alone = [count(np.full(number + 1, 5 + number, np.int32), 28, 0) for number in range(30)]
+    counted = []
+
+    def slow(lengths, *rest):
+        counted.append(len(lengths))
+        time.sleep(0.01)
+        return count(lengths, *rest)
+
+    monkeypatch.setattr(blocks, "count", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: count_source(Source("s", prefixes), 28, 0), range(4)))
+    assert [[each.tolist() for each in one] for one in found] == 4 * [[[samples] for samples in alone]]
+    assert set(counted) == set(range(1, 31))
+    assert len(counted) < 2 * 30, "each by itself would count 4 * 30"
+    assert len(list(tmp_path.glob("*.tmp"))) == 0
 
 
 def test_counts_are_kept_and_belong_to_their_shard(tmp_path, monkeypatch):

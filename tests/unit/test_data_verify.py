@@ -100,6 +100,10 @@ def test_the_first_bad_byte_is_named(prefix, monkeypatch, part, place, data, mes
     [
         ({"bin_sha256": "0" * 64}, r"s\.json is damaged: bin_sha256 is not that of its checksums"),
         ({"rejected": {"empty": 2}}, r"s\.rejects\.jsonl has .*'too large': 2.* and .*s\.json has {'empty': 2}"),
+        ({"spans_sha256": "0" * 64}, r"s\.spans is damaged: it has another checksum"),
+        ({"spans_sha256": None}, "its spans_sha256 cannot be understood"),
+        ({"num_spans": 14}, r"s\.json says 14 loss spans and there are 15"),
+        ({"num_spans": "15"}, "its num_spans cannot be understood"),
         ({"rejected": [1]}, "its rejected cannot be understood"),
         ({"languages": {"c": {"documents": 1, "tokens": 2, "bytes": 3}}}, "languages have 1 documents and the shard"),
         ({"languages": {"c": {"documents": NUM_DOCUMENTS, "tokens": 2, "bytes": 3}}}, "languages have 2 tokens"),

@@ -13,7 +13,7 @@ from support.training import recipe
 from megacode.errors import UserError
 from megacode.train.console import Console
 from megacode.train.journal import Journal
-from megacode.train.metrics import split_losses
+from megacode.train.metrics import count_figures, split_losses, validation_figures
 from megacode.train.trackers import check_trackers, logged_in, open_trackers
 
 LINE = {
@@ -143,6 +143,22 @@ def test_losses_are_told_apart():
     assert split["labels_by_source"] == {"code": 5, "text": 4}
     assert split["infilled_share"] == pytest.approx(3 / 9)
     assert split_losses([1.0, 0.0], [2, 0], ("code",))["loss_infilled"] is None
+
+
+def test_the_share_of_infilling_documents():
+    documents = {"uncut": 8, "infilled": 6, "irreversible": 2, "unfitting": 0, "spanned": 0}
+    assert count_figures(documents) == {"documents": documents, "infilled_documents": 0.75}
+    assert count_figures(dict.fromkeys(documents, 0))["infilled_documents"] is None
+
+
+def test_a_validation_without_labels(tmp_path, capsys):
+    assert validation_figures(6.0, 4) == {"validation_loss": 1.5, "validation_tokens": 4}
+    book = journal(tmp_path)
+    book.metrics({"step": 4, **validation_figures(0.0, 0)})
+    book.close()
+    book.check()
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 4, "validation_loss": None, "validation_tokens": 0}]
+    assert "validation loss of no token" in capsys.readouterr().out
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):

@@ -14,7 +14,7 @@ from megacode.data.stream import step_indices
 from megacode.errors import UserError
 from megacode.model.layers import IGNORE
 from megacode.parallel.context import context_columns
-from megacode.train.loader import Loader, Positions, count_labels, load
+from megacode.train.loader import OUTCOMES, Loader, Positions, count_documents, count_labels, load
 
 STEPS = [[[0, 1], [4, 5]], [[8, 9], [12, 13]], [[16, 17], [20, 21]]]
 
@@ -117,3 +117,16 @@ def test_labels_are_counted_once():
     for changes in ({"tensor_rank": 1, "tensor": 2}, {"pipeline": 2, "pipeline_rank": 0}):
         assert count_labels(batches, mesh(**changes), 4).tolist() == [0] * 4
     assert count_labels(batches, mesh(pipeline=2, pipeline_rank=1), 4).sum() == 4 * LENGTH - 3
+
+
+def test_documents_are_counted_once():
+    for workers in (0, 1):
+        with loader(workers=workers, steps=[[[0, 1], [4, 5]], [[8, 9], [13, 15]]]) as made:
+            made.step()
+            assert made.documents["infilled"] == 2
+            made.step()
+    assert dict(zip(OUTCOMES, count_documents(made.documents, mesh()).tolist(), strict=True)) == {
+        "uncut": 4, "infilled": 3, "irreversible": 0, "unfitting": 0, "spanned": 0,
+    }  # fmt: skip
+    for others in ({"tensor_rank": 1}, {"context_rank": 1}, {"pipeline": 2, "pipeline_rank": 1}):
+        assert count_documents(made.documents, mesh(**others)).tolist() == [0] * len(OUTCOMES)

@@ -39,7 +39,7 @@ def write(prefix, tokenizer, count, seed, spans=()):
     generator = random.Random(seed)
     with (
         ShardWriter(prefix, tokenizer.vocabulary, tokenizer_sha256=tokenizer.sha256) as writer,
-        SpansWriter(prefix) as spans_writer,
+        SpansWriter(prefix, writer.facts) as spans_writer,
     ):
         for number in range(count):
             start = generator.randrange(len(TEXT) - 900)

@@ -1,6 +1,7 @@
 """megacode.data.preparing.job, parts, pool and prepare, and the commands over them."""
 
 import gzip
+import hashlib
 import inspect
 import json
 import multiprocessing
@@ -254,6 +255,9 @@ def test_segments_give_spans(tmp_path, tokenizer):
     assert {path.name for path in tmp_path.iterdir()} == {"d.jsonl"}
     prepare(plan(Corpus([tmp_path / "d.jsonl"]), tokenizer.path, tmp_path / "s"), 1)
     assert [Spans(tmp_path / "s", 2).of(i).tolist() for i in range(2)] == [[], [[0, 1 + len(tokenizer.encode("ask"))]]]
+    facts = json.loads((tmp_path / "s.json").read_text())
+    digest = hashlib.sha256((tmp_path / "s.spans").read_bytes()).hexdigest()
+    assert (facts["num_spans"], facts["spans_sha256"]) == (1, digest)
 
 
 def test_validation_is_chosen_by_name(tmp_path, tokenizer):

@@ -19,10 +19,9 @@ def write(prefix, documents, spans=None):
     with ShardWriter(prefix, 1000, tokenizer_sha256="abc") as writer:
         for document in documents:
             writer.add_document(document)
-    if spans is not None:
-        with SpansWriter(prefix) as writer:
-            for each in spans:
-                writer.add_document(each)
+        with SpansWriter(prefix, writer.facts) as spans_writer:
+            for each in spans or [[]] * len(documents):
+                spans_writer.add_document(each)
 
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=30), min_size=1, max_size=40)
@@ -66,6 +65,24 @@ def test_spans(tmp_path):
     assert Source("a", [tmp_path / "a"]).spans(0) is None
 
 
+def test_identity_tells_spans_apart(tmp_path):
+    identities = []
+    for number, spans in enumerate((None, [[(0, 2)], []], [[(0, 1)], []], [[], [(0, 1)]], [[(0, 2)], []])):
+        write(tmp_path / str(number), [[5, 6, 7], [8]], spans)
+        identities.append(Source("s", [tmp_path / str(number)]).identity)
+    assert len(set(identities[:4])) == 4
+    assert identities[4] == identities[1]
+
+
+def test_spans_that_are_gone_or_of_another_shard(tmp_path):
+    write(tmp_path / "a", [[5, 6, 7], [8]], [[(0, 2)], []])
+    write(tmp_path / "b", [[5, 6, 7], [8]])
+    os.rename(tmp_path / "a.spans", tmp_path / "b.spans")
+    for name, said, found in (("a", 1, 0), ("b", 0, 1)):
+        with pytest.raises(UserError, match=f"{name}.json says {said} loss spans and there are {found}"):
+            Source("s", [tmp_path / name])
+
+
 def test_few_files_are_open(tmp_path, monkeypatch):
     monkeypatch.setattr(source_module, "_MAX_OPEN", 3)
     prefixes = [tmp_path / str(i) for i in range(50)]
@@ -86,6 +103,9 @@ def test_find_shards(tmp_path):
         write(tmp_path / name, [[1]])
     found = find_shards([f"{tmp_path}/code-*", f"{tmp_path}/text.v1", f"{tmp_path}/**/code-c"])
     assert found == [tmp_path / name for name in ("code-a", "code-b", "text.v1", "deep/er/code-c")]
+    for folder in ("half.parts", "done.parts.done.tmp"):
+        write(tmp_path / folder / "000000" / "train", [[1]])
+    assert len(find_shards([f"{tmp_path}/**/*"])) == 4, "parts of a preparation that is not finished are no shards"
     with pytest.raises(UserError, match=r"no shard matches .*/none-\*"):
         find_shards([f"{tmp_path}/none-*"])
 

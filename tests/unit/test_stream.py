@@ -193,6 +193,16 @@ def test_documents_that_do_not_come_back_stay_plain(shards, tokenizer):
     assert counts["uncut"] == counts["infilled"] + counts["unfitting"] + counts["irreversible"]
 
 
+def test_a_text_with_the_sign_of_a_space_is_infilled_as_one_with_a_space(tmp_path, tokenizer):
+    with ShardWriter(tmp_path / "s", tokenizer.vocabulary) as writer:
+        for text in ("▁a = 1▁▁\n", "def f(x):\n▁▁ return x▁", "▁") * 40:
+            writer.add_document([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos])
+    stream = make(Shards(tmp_path / "s"), tokenizer, sequence_length=100, infilling_rate=1.0)
+    counts = count(stream, windows(stream).per_epoch)
+    assert counts["irreversible"] == 0
+    assert counts["infilled"] > 10
+
+
 def test_a_shard_without_our_framing_is_never_infilled(tmp_path, tokenizer):
     documents = [tokenizer.encode(SOURCE[i * 50 : i * 50 + 50]) for i in range(50)]  # Megatron without --append-eod
     lengths = [len(document) for document in documents]

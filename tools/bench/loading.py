@@ -5,8 +5,9 @@ start on a huge corpus.
 
 The stream and the planning are timed by the process's own CPU seconds, so that other work on the machine does not
 count; the loader and the starts by the clock. The huge corpus is 2,419 shards of 2e12 tokens in all: their .bin are
-sparse files, which take no room on the disk, their .idx have few and long documents. Each start is a process of its
-own.
+sparse files, which take no room on the disk, their .idx have few and long documents: 2.4 million in all. What
+counting the samples of best-fit packing costs, which depends on documents and not on tokens, is measured on another
+sparse corpus, of documents of about 1,000 tokens. Each start is a process of its own.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from megacode.data.blocks import BLOCK, RESERVE, count, plan
-from megacode.data.shards import HEADER, MAGIC, STRETCH_BYTES, ShardWriter
+from megacode.data.shards import HEADER, MAGIC, STRETCH_BYTES, IntArray, ShardWriter
 from megacode.data.source import Source
 from megacode.data.stream import Packing, TrainStream, open_train
 from megacode.data.tokenizer import Tokenizer, train
@@ -42,6 +44,8 @@ DOCUMENT_CHARACTERS = 3400
 """About 1,000 tokens."""
 LONG_DOCUMENTS = 1000
 """Of each shard of the huge corpus."""
+DENSE_DOCUMENTS = 250_000
+"""Of each shard of the corpus whose documents are counted."""
 GLOBAL_SAMPLES = 1024
 FAR_STEP = 400_000
 MIXTURE = (("code", 85.0, 4), ("code-nl", 8.0, 1), ("nl", 7.0, 5))
@@ -140,11 +144,15 @@ def loader_figures(prefix: Path, tokenizer: Tokenizer, rate: float, workers: int
     }
 
 
+def usual_lengths(count: int) -> NDArray[np.int32]:
+    """Log-normal ones, with a mean of about 1,000 tokens."""
+    return np.clip(np.random.default_rng(SEED).lognormal(6.3, 1.1, count), 3, None).astype(np.int32)
+
+
 def planning_figures(repetitions: int) -> dict[str, Any]:
-    """Documents a CPU second of a block whose lengths are log-normal with a mean of about 1,000 tokens."""
-    generator = np.random.default_rng(SEED)
-    lengths = np.clip(generator.lognormal(6.3, 1.1, BLOCK), 3, None).astype(np.int32)
-    order = generator.permutation(BLOCK)
+    """Documents a CPU second of a block of usual lengths."""
+    lengths = usual_lengths(BLOCK)
+    order = np.random.default_rng(SEED).permutation(BLOCK)
 
     def rate(work: Callable[[], object]) -> float:
         started = time.process_time()
@@ -166,19 +174,23 @@ def planning_figures(repetitions: int) -> dict[str, Any]:
     }
 
 
-def write_huge(folder: Path, tokenizer: Tokenizer, files: int, tokens: int) -> list[Path]:
-    """Sparse shards of so many tokens in all."""
+def long_lengths(files: int, tokens: int) -> IntArray:
+    """Of the documents of one of so many shards that have so many tokens in all."""
+    return np.full(LONG_DOCUMENTS, tokens // files // LONG_DOCUMENTS)
+
+
+def write_sparse(folder: Path, tokenizer: Tokenizer, files: int, lengths: IntArray) -> list[Path]:
+    """Sparse shards, all with documents of these lengths."""
     folder.mkdir(exist_ok=True)
-    each = tokens // files // LONG_DOCUMENTS
-    sizes = np.full(LONG_DOCUMENTS, each, "<i4")
-    index = HEADER.pack(MAGIC, 1, 8, LONG_DOCUMENTS, LONG_DOCUMENTS + 1) + sizes.tobytes()
-    index += (np.arange(LONG_DOCUMENTS, dtype="<i8") * 2 * each).tobytes()
-    index += np.arange(LONG_DOCUMENTS + 1, dtype="<i8").tobytes()
-    num_bytes = 2 * each * LONG_DOCUMENTS
+    ends, num_documents = np.cumsum(lengths, dtype=np.int64), len(lengths)
+    index = HEADER.pack(MAGIC, 1, 8, num_documents, num_documents + 1) + lengths.astype("<i4").tobytes()
+    index += (2 * (ends - lengths)).astype("<i8").tobytes()
+    index += np.arange(num_documents + 1, dtype="<i8").tobytes()
+    num_bytes = 2 * int(ends[-1])
     stretches = [min(STRETCH_BYTES, num_bytes - start) for start in range(0, num_bytes, STRETCH_BYTES)]
     facts = {
         "tokenizer_sha256": tokenizer.sha256, "vocabulary": tokenizer.vocabulary, "source": "sparse",
-        "num_documents": LONG_DOCUMENTS, "num_tokens": each * LONG_DOCUMENTS, "bin_sha256": "0" * 64,
+        "num_documents": num_documents, "num_tokens": num_bytes // 2, "bin_sha256": "0" * 64,
         "checksums": [[size, "0" * 64] for size in stretches],
     }  # fmt: skip
     prefixes = [folder / f"shard_{number:05d}" for number in range(files)]
@@ -206,19 +218,20 @@ def peak_bytes() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def start(folder: Path, packing: Packing, step: int) -> None:
+def start(folder: Path, corpus: str, packing: Packing, step: int) -> None:
     """What a start's process does: prints its figures as JSON."""
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    prefixes = sorted(str(path.with_suffix("")) for path in (folder / "huge").glob("*.idx"))
+    prefixes = sorted(str(path.with_suffix("")) for path in (folder / corpus).glob("*.idx"))
     before = peak_bytes()
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     stream = open_train(huge_data(prefixes, packing), tokenizer, LENGTH, SEED)
-    opened = time.perf_counter()
+    opened, cpu = time.perf_counter(), time.process_time() - cpu
     for micro_batch in range(2):
         first = step * GLOBAL_SAMPLES + 8 * micro_batch
         stream.micro_batch(range(first, first + 8))
     figures = {
         "open_seconds": opened - started,
+        "open_cpu_seconds": cpu,
         "first_samples_seconds": time.perf_counter() - opened,
         "peak_bytes": peak_bytes(),
         "peak_bytes_before": before,
@@ -231,20 +244,70 @@ def start(folder: Path, packing: Packing, step: int) -> None:
     print(json.dumps(figures))
 
 
-def start_figures(folder: Path, packing: Packing, step: int) -> dict[str, Any]:
+def start_figures(folder: Path, corpus: str, packing: Packing, step: int) -> dict[str, Any]:
     """Of a start in a process of its own, whose imports do not count."""
+    (row,) = starts_at_once(folder, corpus, packing, step, 1)
+    return row
+
+
+def starts_at_once(folder: Path, corpus: str, packing: Packing, step: int, processes: int) -> list[dict[str, Any]]:
+    """Of so many starts at the same time."""
     code = (
         "from pathlib import Path; from megacode.tools.bench.loading import start; "
-        f"start(Path({str(folder)!r}), {packing!r}, {step})"
+        f"start(Path({str(folder)!r}), {corpus!r}, {packing!r}, {step})"
     )
-    output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"packing": packing, "step": step, **json.loads(output.splitlines()[-1])}
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+               for _ in range(processes)]  # fmt: skip
+    rows = []
+    for process in started:
+        output, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"a start ended with {process.returncode}")
+        rows.append({"packing": packing, "step": step, **json.loads(output.splitlines()[-1])})
+    return rows
+
+
+def counting_figures(folder: Path, tokenizer: Tokenizer, documents: int, processes: int) -> dict[str, Any]:
+    """First starts with best-fit packing, which count samples, and second ones, which find them counted."""
+    files = max(3, documents // DENSE_DOCUMENTS)
+    lengths = usual_lengths(documents // files)
+    prefixes = write_sparse(folder / "dense", tokenizer, files, lengths)
+    try:
+        first = start_figures(folder, "dense", "best_fit", 0)
+        second = start_figures(folder, "dense", "best_fit", 0)
+        for path in (folder / "dense").glob("*.best_fit_*"):
+            path.unlink()
+        return {
+            "documents": len(lengths) * len(prefixes),
+            "files": files,
+            "tokens": int(lengths.sum(dtype=np.int64)) * len(prefixes),
+            "first": first,
+            "second": second,
+            "first_at_once": starts_at_once(folder, "dense", "best_fit", 0, processes),
+        }
+    finally:
+        shutil.rmtree(folder / "dense")
+
+
+def print_counting(counting: dict[str, Any]) -> None:
+    """As a table."""
+    print(
+        f"best_fit starts on {counting['files']:,} files, {counting['documents']:,} documents, "
+        f"{counting['tokens']:,} tokens: seconds to open, of CPU, peak MiB"
+    )
+    rows = (("first", counting["first"]), *(("first, at once", row) for row in counting["first_at_once"]))
+    for name, row in (*rows, ("second", counting["second"])):
+        print(
+            f"  {name:14} {row['open_seconds']:6.2f} {row['open_cpu_seconds']:6.2f} {row['peak_bytes'] / 2**20:6.0f}; "
+            f"{counting['documents'] / row['open_cpu_seconds'] / 1e6:.1f} million documents a CPU second"
+        )
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="What is written goes here; the shards of it are removed at the end.")],
     files: Annotated[int, typer.Option(min=3, help="Shards of the huge corpus.")] = 2419,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the huge corpus.")] = 2 * 10**12,
+    documents: Annotated[int, typer.Option(min=3, help="Documents of the corpus that is counted.")] = 20_000_000,
     repetitions: Annotated[
         int, typer.Option(min=1, help="Of each measurement, of the stream an epoch; the median is told.")
     ] = 5,
@@ -284,10 +347,13 @@ def main(
             f"{planning['count_documents_per_second'] / 1e6:.1f} counted; {planning['more_than_concatenated']:+.3%} "
             f"samples over concatenation, {planning['more_with_reserve']:+.3%} with the reserve of infilling"
         )
-        write_huge(folder / "huge", tokenizer, files, tokens)
-        starts = [start_figures(folder, packing, step) for packing in ("concatenate", "best_fit")
+        write_sparse(folder / "huge", tokenizer, files, long_lengths(files, tokens))
+        starts = [start_figures(folder, "huge", packing, step) for packing in ("concatenate", "best_fit")
                   for step in (0, FAR_STEP)]  # fmt: skip
-        print(f"starts on {files:,} files, {tokens:,} tokens: seconds to open, to 16 samples; peak MiB, of it before")
+        print(
+            f"starts on {files:,} files, {files * LONG_DOCUMENTS:,} documents, {tokens:,} tokens: "
+            "seconds to open, to 16 samples; peak MiB, of it before"
+        )
         for row in starts:
             print(
                 f"  {row['packing']:12} step {row['step']:7,}: {row['open_seconds']:6.2f} "
@@ -296,7 +362,10 @@ def main(
                 f"{row['tokens_per_second'] / 1e6:.2f} million tokens/s"
             )
         shutil.rmtree(folder / "huge")
-        write_json({"streams": streams, "loaders": loaders, "planning": planning, "starts": starts})
+        counting = counting_figures(folder, tokenizer, documents, processes=2)
+        print_counting(counting)
+        figures = {"streams": streams, "loaders": loaders, "planning": planning, "starts": starts}
+        write_json({**figures, "counting": counting})
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def look(question: Question) -> Found:
     shards = source.shard(0)
     if not shards.num_documents:
         raise UserError(f"the shard {question.prefix} is empty; prepare one with documents")
-    spans = Spans(question.prefix, shards.num_documents)
+    spans = Spans(question.prefix, shards.num_documents, facts.num_spans(shards))
     lengths = measure(shards, question.sequence_length)
     said, tokenizer = _compare(shards, question.tokenizer)
     found = Found(question, shards, spans.num_spans, lengths, said, [], [])

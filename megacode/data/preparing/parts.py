@@ -88,9 +88,9 @@ def merge(job: Job) -> dict[str, dict[str, Any]]:
                 _merge_side(job, side, writer)
                 writer.facts["rejected"] = dict(sorted(rejected.items())) if side == "train" else {}
             _refuse_empty(job, writers, rejected)
+            _merge_spans(job, writers)
             for writer in writers.values():  # only when all stand may any get its name
                 writer.finish()
-            _merge_spans(job)
             rename(temporary, rejects)
             if not rejected:
                 rejects.unlink()
@@ -150,7 +150,7 @@ def _write_part(job: Job, unit: int, folder: Path, on_bytes: OnBytes) -> None:
         watch.on_reject = reject
         prefixes = {side: str(folder / side) for side in job.prefixes}
         writers = _writers(job, prefixes, stack)
-        spans = {side: stack.enter_context(SpansWriter(prefix)) for side, prefix in prefixes.items()}
+        spans = {side: stack.enter_context(SpansWriter(prefixes[side], writers[side].facts)) for side in prefixes}
         languages: dict[str, Languages] = {side: {} for side in prefixes}
         for ordinal, document in enumerate(documents(job, unit, watch)):
             if ordinal in dropped:
@@ -208,12 +208,13 @@ def _merge_side(job: Job, side: str, writer: ShardWriter) -> None:
     writer.facts |= {"languages": dict(sorted(languages.items())), "engine": " ".join(sorted(engines))}
 
 
-def _merge_spans(job: Job) -> None:
+def _merge_spans(job: Job, writers: dict[str, ShardWriter]) -> None:
     """Join the spans of each side; none stay where those of another one cannot be written."""
     try:
         for side, prefix in job.prefixes.items():
             parts = (job.part(unit) / side for unit in range(job.num_units))
-            merge_spans(((part, Shards(part).num_documents) for part in parts), prefix)
+            counted = ((part, Shards(part).num_documents) for part in parts)
+            merge_spans(counted, prefix, writers[side].facts)
             if spans_path(prefix).exists():
                 sync(spans_path(prefix))  # before the shard, whose last file has all that is to stand beside it
     except OSError:
