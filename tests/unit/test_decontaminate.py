@@ -158,3 +158,8 @@ def test_imports_alone_tell_nothing(tmp_path):
     imports = "from typing import List, Dict, Tuple\nimport os, sys as system\nimport json; import re  # as always\n"
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": imports, "code": "def only_here(): pass"}))
     assert Index.build([tmp_path / "p.jsonl"]).find(imports) is None
+
+
+def test_a_signature_alone_tells_nothing(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": SHORT["prompt"].replace("(l: list)", "(a, b, c, d)")}))
+    assert Index.build([tmp_path / "p.jsonl"]).find("def distinct(a, b, c, d):\n    return a") is None

@@ -197,5 +197,6 @@ def _forms(record: Any, where: str) -> list[str]:
     if not lists or not all(isinstance(text, str) for texts in lists.values() for text in texts):
         raise UserError(f"{where} has no text in any of the fields {', '.join(FIELDS)}; rename the benchmark's fields")
     texts = {name: "\n".join(values) for name, values in lists.items()}
-    function = _DOCSTRING.sub("", "\n".join(text for name, text in texts.items() if name in FUNCTION))
-    return ["\n".join(texts.values()), function, *texts.values()]
+    parts = [text for name, text in texts.items() if name in FUNCTION]
+    function = [_DOCSTRING.sub("", "\n".join(parts))] if len(parts) > 1 else []  # a signature alone tells little
+    return ["\n".join(texts.values()), *function, *texts.values()]
