@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from megacode.data.preparing.readers import Fields, Watch
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 
-_FORMAT = 1
-_JOB, _UNITS = "job.json", "units.jsonl"
+_FORMAT = 2
+_JOB, _UNITS, _PLACES = "job.json", "units.jsonl", "units.places"
+_PLACE = struct.Struct("<Q")  # where a unit's line begins; all are of one width, so that none but it is read
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,10 @@ class Job:
 
     def unit(self, unit: int) -> Unit:
         """The pieces of a unit."""
-        with (self.folder / _UNITS).open("rb") as file:
-            file.seek(self._places[unit])
-            return tuple(Piece(*piece) for piece in json.loads(file.readline()))
+        with (self.folder / _UNITS).open("rb") as units, (self.folder / _PLACES).open("rb") as places:
+            places.seek(unit * _PLACE.size)
+            units.seek(*_PLACE.unpack(places.read(_PLACE.size)))
+            return tuple(Piece(*piece) for piece in json.loads(units.readline()))
 
     def part(self, unit: int) -> Path:
         """The folder of a unit's part; it is there when the part is finished."""
@@ -114,14 +117,15 @@ class Job:
         Raises:
             UserError: the inputs cannot be read, or the folder holds parts of another job.
         """
-        temporary = self.folder / f"{_UNITS}.{os.getpid()}.tmp"
+        temporary, own_places = (self.folder / f"{name}.{os.getpid()}.tmp" for name in (_UNITS, _PLACES))
         units, made = self.corpus.plan(), not self.folder.exists()
         first = next(units, None)  # inputs that are not there are told before a folder is made
         self.folder.mkdir(parents=True, exist_ok=True)
         sha256, num_units, num_bytes = hashlib.sha256(), 0, 0
         try:
-            with temporary.open("wb") as file:
+            with temporary.open("wb") as file, own_places.open("wb") as places:
                 while first is not None:
+                    places.write(_PLACE.pack(file.tell()))
                     line = json.dumps(first).encode() + b"\n"
                     file.write(line)
                     sha256.update(line)
@@ -132,21 +136,14 @@ class Job:
                 _same(Job.load(self.folder), job)
             else:
                 os.replace(temporary, self.folder / _UNITS)
+                os.replace(own_places, self.folder / _PLACES)
                 job._write()
         finally:
             temporary.unlink(missing_ok=True)
+            own_places.unlink(missing_ok=True)
             if made and not (self.folder / _JOB).exists():
                 shutil.rmtree(self.folder)
         return job
-
-    @functools.cached_property
-    def _places(self) -> list[int]:
-        """Where each unit begins in the list of units."""
-        places = [0]
-        with (self.folder / _UNITS).open("rb") as file:
-            for line in file:
-                places.append(places[-1] + len(line))
-        return places
 
     def _write(self) -> None:
         path = self.folder / _JOB
