@@ -163,3 +163,11 @@ def test_imports_alone_tell_nothing(tmp_path):
 def test_a_signature_alone_tells_nothing(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": SHORT["prompt"].replace("(l: list)", "(a, b, c, d)")}))
     assert Index.build([tmp_path / "p.jsonl"]).find("def distinct(a, b, c, d):\n    return a") is None
+
+
+def test_a_short_question_or_answer_alone_tells_nothing(tmp_path):
+    record = {"question": "Which of these is right?", "answer": "None of the above is right"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(record))
+    index = Index.build([tmp_path / "p.jsonl"])
+    assert index.find("Which of these is right? None of the above is right")
+    assert not any(map(index.find, record.values()))

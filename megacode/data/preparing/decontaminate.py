@@ -20,14 +20,10 @@ SHORTEST = 3
 """A text of fewer words than a run, but at least so many, is looked for as a whole; a shorter one cannot be."""
 SHORTEST_PART = 5
 """The same of a text that is but part of a problem: return x + y is the whole solution of one, and in 1 % of files."""
-FIELDS = (
-    *("prompt", "text", "question", "problem", "instruction", "description"),
-    *("canonical_solution", "solution", "code", "answer"),
-    *("test", "tests", "test_list", "challenge_test_list"),
-)
+SOLUTIONS = ("canonical_solution", "solution", "code")
+TESTS = ("test", "tests", "test_list", "challenge_test_list")
+FIELDS = ("prompt", "text", "question", "problem", "instruction", "description", *SOLUTIONS, "answer", *TESTS)
 """Fields of a benchmark's record that are its text, in this order (HumanEval and MBPP, and what resembles them)."""
-FUNCTION = ("prompt", "canonical_solution", "solution")
-"""Those that make up a function, one behind the other."""
 _NAMES = r"[\w.]+(?:[ \t]+as[ \t]+\w+)?"
 _IMPORT = re.compile(  # and no prose that begins a line with one of these words
     rf"^[ \t]*(?:from[ \t]+[\w.]+[ \t]+import\b.*|import[ \t]+{_NAMES}(?:[ \t]*,[ \t]*{_NAMES})*[ \t]*(?:[#;].*)?)$",
@@ -188,15 +184,16 @@ def _parquet_records(file: Path) -> Iterator[Any]:
 
 
 def _forms(record: Any, where: str) -> list[str]:
-    """All of a problem's text, its function without docstrings, and each field by itself.
+    """All of a problem's text; its function without docstrings; its solutions and tests, each by itself.
 
-    Only where one of the latter is shorter than a run, or joins what a docstring parts, is it more than the first.
+    Only where one of the latter is shorter than a run, or joins what a docstring parts, is it more than the first. A
+    short question or answer in prose is anybody's.
     """
     given = [name for name in FIELDS if record.get(name)] if isinstance(record, dict) else []
     lists = {name: record[name] if isinstance(record[name], list) else [record[name]] for name in given}
     if not lists or not all(isinstance(text, str) for texts in lists.values() for text in texts):
         raise UserError(f"{where} has no text in any of the fields {', '.join(FIELDS)}; rename the benchmark's fields")
     texts = {name: "\n".join(values) for name, values in lists.items()}
-    parts = [text for name, text in texts.items() if name in FUNCTION]
-    function = [_DOCSTRING.sub("", "\n".join(parts))] if len(parts) > 1 else []  # a signature alone tells little
-    return ["\n".join(texts.values()), *function, *texts.values()]
+    solutions = [texts[name] for name in SOLUTIONS if name in texts]
+    function = [_DOCSTRING.sub("", "\n".join([texts["prompt"], *solutions]))] if "prompt" in texts and solutions else []
+    return ["\n".join(texts.values()), *function, *solutions, *(texts[name] for name in TESTS if name in texts)]
