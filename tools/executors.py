@@ -54,11 +54,11 @@ def check_executor(executor: Executor, slurm_options: Mapping[str, object]) -> N
 
 
 def tell_skipped(job: Job) -> None:
-    """Say how many texts of benchmarks are not looked for."""
+    """Say how many problems of benchmarks are not looked for."""
     from megacode.data.preparing.decontaminate import SHORTEST, Index
 
     if num := Index.load(job.folder / BENCHMARKS).num_skipped:
-        typer.echo(f"{num:,} texts of benchmarks are not looked for: under {SHORTEST} words, or only numbers")
+        typer.echo(f"{num:,} problems of benchmarks are not looked for: under {SHORTEST} words, or numbers and imports")
 
 
 def on_this_machine(job: Job, workers: int | None) -> Summary:

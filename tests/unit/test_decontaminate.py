@@ -97,3 +97,77 @@ def test_files_that_are_not_benchmarks(tmp_path):
 def test_texts_that_nothing_can_be_found_by_are_counted(tmp_path):
     (tmp_path / "s.jsonl").write_text('{"code": "x = 1"}\n{"code": "1 2 3 4 5 6 7 8 9 10 11"}\n{"code": "a b c"}\n')
     assert Index.build([tmp_path / "s.jsonl"]).num_skipped == 2
+
+
+def problem(prompt, solution):
+    """A problem as HumanEval has them."""
+    tests = "def check(candidate):\n    assert candidate([8, 3]) == candidate([3, 8]), 'the order is no matter here'\n"
+    return {"prompt": prompt, "canonical_solution": solution, "test": tests}
+
+
+SHORT = problem(
+    'def distinct(l: list):\n    """Return the sorted distinct elements that stand in the given list\n    """\n',
+    "    return sorted(list(set(l)))\n",
+)
+PLAIN = problem(
+    'import math\n\n\ndef total(x: int, y: int):\n    """Give the two numbers put together as one number\n    """\n',
+    "    return x + y\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        (SHORT["prompt"] + SHORT["canonical_solution"], True),
+        ("def distinct(l: list):\n    return sorted(list(set(l)))", True),
+        ("y = 1\n" + SHORT["canonical_solution"], True),
+        (PLAIN["prompt"] + PLAIN["canonical_solution"], True),
+        ("import math\ndef total(x: int, y: int):\n    return x + y", True),
+        # A part of fewer than 5 words tells nothing.
+        (PLAIN["canonical_solution"], False),
+        ("import math\ndef total(x):\n    return x + y", False),
+    ],
+)
+def test_parts_of_a_problem_are_found_by_themselves(tmp_path, text, held):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (SHORT, PLAIN)))
+    assert (Index.build([tmp_path / "p.jsonl"]).find(f"a = 1\n{text}\nz = 2\n") is not None) is held
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        # Prose that begins a line with a word of imports.
+        {"prompt": 'def f(x):\n """ Return the values\n from the list that are even and above the bound\n in order"""'},
+        {"text": "Take these:\nimport the goods into the store and count all that is left"},
+        # Imports in the middle of what documents hold.
+        {"text": "Area of circle", "code": "import math\ndef f(r):\n return math.pi * r"},
+        # Line ends of old.
+        {"text": "import os\rGive back the second largest of all the numbers in the list"},
+    ],
+)
+def test_imports_are_no_other_than_they_are(tmp_path, record):
+    (tmp_path / "p.jsonl").write_text(json.dumps(record))
+    text = "\n".join(record.values())
+    index = Index.build([tmp_path / "p.jsonl"])
+    assert index.num_skipped == 0
+    assert index.find(text)
+    assert index.find(f"a b c\n{text}\nd e f")
+
+
+def test_imports_alone_tell_nothing(tmp_path):
+    imports = "from typing import List, Dict, Tuple\nimport os, sys as system\nimport json; import re  # as always\n"
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": imports, "code": "def only_here(): pass"}))
+    assert Index.build([tmp_path / "p.jsonl"]).find(imports) is None
+
+
+def test_a_signature_alone_tells_nothing(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": SHORT["prompt"].replace("(l: list)", "(a, b, c, d)")}))
+    assert Index.build([tmp_path / "p.jsonl"]).find("def distinct(a, b, c, d):\n    return a") is None
+
+
+def test_a_short_question_or_answer_alone_tells_nothing(tmp_path):
+    record = {"question": "Which of these is right?", "answer": "None of the above is right"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(record))
+    index = Index.build([tmp_path / "p.jsonl"])
+    assert index.find("Which of these is right? None of the above is right")
+    assert not any(map(index.find, record.values()))

@@ -10,12 +10,13 @@ from functools import partial
 
 import numpy as np
 import pytest
+from datatrove.data import Document
 from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
 from support.preparing import UNIT_BYTES, benchmark, contaminated, raise_signal, rejects, write_corpus
 
 from megacode.data.preparing import words
 from megacode.data.preparing.corpus import Corpus
-from megacode.data.preparing.dedup import NUM_BUCKETS, Signature, duplicates
+from megacode.data.preparing.dedup import NUM_BUCKETS, Buckets, Cluster, Signature, duplicates
 from megacode.data.preparing.local import LocalExecutor, pool
 from megacode.data.preparing.prepare import plan, prepare
 from megacode.data.preparing.stages import check_installed, stages_of
@@ -145,6 +146,19 @@ def test_signatures_of_short_texts(tmp_path):
     short, other, same = (signature.get_signature(signature.get_shingles(text)) for text in ("{}", "[]", "{}"))
     assert short == same
     assert not {tuple(bucket) for bucket in short} & {tuple(bucket) for bucket in other}
+
+
+def test_units_of_six_digits(tmp_path):
+    """Files of signatures are listed by name, where unit 100000 comes before unit 99999. The pairs name units."""
+    signature = Signature(tmp_path, near=False)
+    for unit, texts in ((99_999, "abc"), (100_000, "xyc"), (100_001, "zzx")):
+        documents = (Document(text=text, id=str(n)) for n, text in enumerate(texts))
+        signature.run(documents, rank=unit, world_size=200_000)
+    Buckets(tmp_path, near=False).run(rank=0, world_size=1)
+    Cluster(tmp_path).run()
+    dropped = {path.name: path.read_text().splitlines() for path in (tmp_path / "dropped").iterdir()}
+    gone = {name: [json.loads(line)["document"] for line in lines] for name, lines in dropped.items()}
+    assert gone == {"100000.exact.jsonl": [2], "100001.exact.jsonl": [1, 2]}
 
 
 def test_groups_keep_their_first():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
-from megacode.data import engines
+from megacode.data import engines, joints
 from megacode.data.joints import in_stretches
 from megacode.data.tokenizer import Tokenizer, train
 
@@ -64,12 +64,35 @@ def test_a_text_without_joints_stays_whole(tokenizer):
     assert given_texts == [text]
 
 
+@pytest.mark.parametrize("run", range(1, 40))
+def test_a_joint_behind_a_long_run_is_found(tokenizer, monkeypatch, run):
+    """However the run lies to what is looked up at once."""
+    monkeypatch.setattr(joints, "_FIRST", 1)
+    monkeypatch.setattr(joints, "_MOST", 8)
+    engine, given_texts, oracle = stretches_of(tokenizer, 5)
+    text = " " * (5 + run) + "\x01" + " " * 20 + "\x01"
+    assert engine.document(text).tolist() == oracle.document(text).tolist()
+    assert given_texts[0] == " " * (5 + run)
+
+
+def test_texts_without_joints_are_told(tokenizer, monkeypatch):
+    monkeypatch.setattr(joints, "LONGEST", 100)
+    monkeypatch.setattr(joints, "STRETCH", 10)
+    assert joints.is_unbroken(" " * 101, tokenizer.model)
+    assert joints.is_unbroken(TEXTS[0] + " " * 101, tokenizer.model)
+    assert not joints.is_unbroken(" " * 100, tokenizer.model)
+    assert not joints.is_unbroken(" " * 50 + "\x01" + " " * 50, tokenizer.model)
+    assert not joints.is_unbroken(TEXTS[0], tokenizer.model)
+
+
 def test_other_models_are_left_alone(tokenizer):
     model = sentencepiece_model_pb2.ModelProto()
     model.CopyFrom(tokenizer.model)
     model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
     oracle = engines.sentencepiece(tokenizer.model)
     assert in_stretches(oracle, model) is oracle
+    assert not joints.is_unbroken(" " * (joints.LONGEST + 1), model)
+    assert joints.is_unbroken(" " * (joints.LONGEST + 1), tokenizer.model)
 
 
 def test_long_texts_are_given_in_stretches_by_default(tokenizer):

@@ -186,6 +186,27 @@ def test_a_merge_that_was_interrupted_is_done_again(tmp_path, inputs, tokenizer,
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_a_document_that_cannot_be_cut_is_rejected(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("megacode.data.joints.LONGEST", 1000)
+    monkeypatch.setattr("megacode.data.joints.STRETCH", 500)
+    texts = ["x = 1\n" * 500, "y = 2\n" + " " * 2000, "z = 3\n"]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(plan(Corpus([tmp_path / "d.jsonl"]), tokenizer.path, tmp_path / "s"), 1)
+    told = [json.loads(line) for line in (tmp_path / "s.rejects.jsonl").read_text().splitlines()]
+    assert told == [{"document": "d.jsonl", "line": 2, "reason": "nowhere to cut"}]
+    assert Shards(tmp_path / "s").num_documents == 2
+
+
+def test_a_unit_is_read_without_the_others(tmp_path, inputs, tokenizer):
+    job = plan(Corpus(inputs), tokenizer.path, tmp_path / "s")
+    unit = job.unit(NUM_UNITS - 2)
+    lines = (job.folder / "units.jsonl").read_bytes().splitlines(keepends=True)
+    gone = [line if n == NUM_UNITS - 2 else b"\n" * len(line) for n, line in enumerate(lines)]
+    (job.folder / "units.jsonl").write_bytes(b"".join(gone))
+    assert Job.load(job.folder).unit(NUM_UNITS - 2) == unit
+    assert not list(job.folder.glob("*.tmp"))
+
+
 def test_any_process_can_work_on_a_job(tmp_path, inputs, tokenizer):
     job = plan(Corpus(inputs, filters=Filters(languages=("python",))), tokenizer.path, tmp_path / "s")
     loaded = Job.load(job.folder)

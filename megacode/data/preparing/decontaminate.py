@@ -18,13 +18,18 @@ NGRAM = 10
 """Words of a run that tells a benchmark's text."""
 SHORTEST = 3
 """A text of fewer words than a run, but at least so many, is looked for as a whole; a shorter one cannot be."""
-FIELDS = (
-    *("prompt", "text", "question", "problem", "instruction", "description"),
-    *("canonical_solution", "solution", "code", "answer"),
-    *("test", "tests", "test_list", "challenge_test_list"),
-)
+SHORTEST_PART = 5
+"""The same of a text that is but part of a problem: return x + y is the whole solution of one, and in 1 % of files."""
+SOLUTIONS = ("canonical_solution", "solution", "code")
+TESTS = ("test", "tests", "test_list", "challenge_test_list")
+FIELDS = ("prompt", "text", "question", "problem", "instruction", "description", *SOLUTIONS, "answer", *TESTS)
 """Fields of a benchmark's record that are its text, in this order (HumanEval and MBPP, and what resembles them)."""
-_IMPORT = re.compile(r"^[ \t]*(?:import|from)[ \t].*$", re.MULTILINE)
+_NAMES = r"[\w.]+(?:[ \t]+as[ \t]+\w+)?"
+_IMPORT = re.compile(  # and no prose that begins a line with one of these words
+    rf"^[ \t]*(?:from[ \t]+[\w.]+[ \t]+import\b.*|import[ \t]+{_NAMES}(?:[ \t]*,[ \t]*{_NAMES})*[ \t]*(?:[#;].*)?)$",
+    re.MULTILINE,
+)
+_DOCSTRING = re.compile(r'("""|\'\'\').*?\1', re.DOTALL)
 
 
 class Index:
@@ -32,7 +37,7 @@ class Index:
 
     Attributes:
         names: The benchmarks.
-        num_skipped: Texts that nothing can be found by: of fewer than 3 words, or of little but numbers.
+        num_skipped: Problems that nothing can be found by: of fewer than 3 words, or of little but numbers.
     """
 
     def __init__(self, names: Sequence[str], grams: dict[int, tuple[Hashes, Hashes]], num_skipped: int = 0) -> None:
@@ -57,11 +62,13 @@ class Index:
         found: dict[int, dict[int, int]] = {}
         num_skipped = 0
         for number, file in enumerate(files):
-            for text in _texts(Path(file)):
-                length, hashes = _runs(text)
-                num_skipped += not hashes.size
-                for value in hashes.tolist():
-                    found.setdefault(length, {}).setdefault(value, number)
+            for texts in _problems(Path(file)):
+                whole, *parts = texts
+                runs = [_runs(whole, SHORTEST), *(_runs(part, SHORTEST_PART) for part in parts)]
+                num_skipped += not any(hashes.size for _, hashes in runs)
+                for length, hashes in runs:
+                    for value in hashes.tolist():
+                        found.setdefault(length, {}).setdefault(value, number)
         return cls(names, {length: _sorted(found[length]) for length in sorted(found)}, num_skipped)
 
     def save(self, path: str | Path) -> None:
@@ -103,22 +110,31 @@ def sha256(file: str | Path) -> str:
         raise UserError(f"cannot read {file}: {error.strerror or error}; check --decontaminate") from None
 
 
-def _runs(text: str) -> tuple[int, Hashes]:
+def _runs(text: str, shortest: int) -> tuple[int, Hashes]:
     """Length of a text's runs, and their hashes; length 0 where the text is too short to be found by.
 
     A run of which half or more are numbers tells nothing: 0 1 2 3 ... 9 stands in 1 % of all Python files, and in tests
-    of HumanEval. Nor do lines of imports.
+    of HumanEval. Nor does one of which half or more are lines of imports.
     """
-    text = _IMPORT.sub("", text)
-    words = split(text)
-    if len(words) < SHORTEST:
+    told = _words_that_tell(text)
+    if len(told) < shortest:
         return 0, np.empty(0, np.uint64)
-    length = min(NGRAM, len(words))
+    length = min(NGRAM, len(told))
     hashes = ngram_hashes(word_hashes(text), length)
-    if length < NGRAM:
-        return length, hashes
-    numbers = np.cumsum([0, *(word[0].isdecimal() for word in words)])
-    return length, hashes[2 * (numbers[length:] - numbers[:-length]) < length]
+    sums = np.cumsum([0, *told])
+    return length, hashes[2 * (sums[length:] - sums[:-length]) > length]
+
+
+def _words_that_tell(text: str) -> list[bool]:
+    """For each word of a text whether it is neither a number nor of an import."""
+    lines = text.replace("\r", "\n")
+    told: list[bool] = []
+    place = 0
+    for found in _IMPORT.finditer(lines):
+        told += [not word[0].isdecimal() for word in split(lines[place : found.start()])]
+        told += [False] * len(split(found.group()))
+        place = found.end()
+    return told + [not word[0].isdecimal() for word in split(lines[place:])]
 
 
 def _sorted(found: dict[int, int]) -> tuple[Hashes, Hashes]:
@@ -126,17 +142,17 @@ def _sorted(found: dict[int, int]) -> tuple[Hashes, Hashes]:
     return hashes, np.array([found[value] for value in hashes.tolist()], np.uint64)
 
 
-def _texts(file: Path) -> Iterator[str]:
-    """The texts of a benchmark file, one for each problem: its fields one after the other."""
+def _problems(file: Path) -> Iterator[list[str]]:
+    """The problems of a benchmark file, each in the forms in which it is looked for."""
     try:
         if file.name.endswith((".jsonl", ".jsonl.gz")):
             for number, record in _json_records(file):
-                yield _joined(record, f"{file}:{number}")
+                yield _forms(record, f"{file}:{number}")
         elif file.name.endswith(".parquet"):
             for number, record in enumerate(_parquet_records(file), 1):
-                yield _joined(record, f"{file}, row {number}")
+                yield _forms(record, f"{file}, row {number}")
         else:
-            yield file.read_text(encoding="utf-8")
+            yield [file.read_text(encoding="utf-8")]
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8; mend it or leave out --decontaminate {file}") from None
     except (OSError, EOFError) as error:
@@ -167,9 +183,17 @@ def _parquet_records(file: Path) -> Iterator[Any]:
         raise UserError(f"{file} is not Parquet as it should be ({error}); fetch it again") from None
 
 
-def _joined(record: Any, where: str) -> str:
-    values = [record[field] for field in FIELDS if record.get(field)] if isinstance(record, dict) else []
-    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
-    if not texts or not all(isinstance(text, str) for text in texts):
+def _forms(record: Any, where: str) -> list[str]:
+    """All of a problem's text; its function without docstrings; its solutions and tests, each by itself.
+
+    Only where one of the latter is shorter than a run, or joins what a docstring parts, is it more than the first. A
+    short question or answer in prose is anybody's.
+    """
+    given = [name for name in FIELDS if record.get(name)] if isinstance(record, dict) else []
+    lists = {name: record[name] if isinstance(record[name], list) else [record[name]] for name in given}
+    if not lists or not all(isinstance(text, str) for texts in lists.values() for text in texts):
         raise UserError(f"{where} has no text in any of the fields {', '.join(FIELDS)}; rename the benchmark's fields")
-    return "\n".join(texts)
+    texts = {name: "\n".join(values) for name, values in lists.items()}
+    solutions = [texts[name] for name in SOLUTIONS if name in texts]
+    function = [_DOCSTRING.sub("", "\n".join([texts["prompt"], *solutions]))] if "prompt" in texts and solutions else []
+    return ["\n".join(texts.values()), *function, *solutions, *(texts[name] for name in TESTS if name in texts)]

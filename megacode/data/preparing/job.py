@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from megacode.data.preparing.readers import Fields, Watch
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 
-_FORMAT = 1
-_JOB, _UNITS = "job.json", "units.jsonl"
+_FORMAT = 2
+_JOB, _UNITS, _PLACES = "job.json", "units.jsonl", "units.places"
+_PLACE = struct.Struct("<Q")  # where a unit's line begins; all are of one width, so that none but it is read
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ class Job:
 
     def unit(self, unit: int) -> Unit:
         """The pieces of a unit."""
-        with (self.folder / _UNITS).open("rb") as file:
-            file.seek(self._places[unit])
-            return tuple(Piece(*piece) for piece in json.loads(file.readline()))
+        with (self.folder / _UNITS).open("rb") as units, (self.folder / _PLACES).open("rb") as places:
+            places.seek(unit * _PLACE.size)
+            units.seek(*_PLACE.unpack(places.read(_PLACE.size)))
+            return tuple(Piece(*piece) for piece in json.loads(units.readline()))
 
     def part(self, unit: int) -> Path:
         """The folder of a unit's part; it is there when the part is finished."""
@@ -137,26 +140,29 @@ class Job:
         if not goes_on:
             self._refuse_outputs()
             self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f"{_UNITS}.{os.getpid()}.tmp"
+        temporary, own_places = (self.folder / f"{name}.{os.getpid()}.tmp" for name in (_UNITS, _PLACES))
         try:
-            with temporary.open("wb") as file:
-                job = self._cut(units, file)
+            with temporary.open("wb") as file, own_places.open("wb") as places:
+                job = self._cut(units, file, places)
             if goes_on:
                 _same(Job.load(self.folder), job)
             else:
                 rename(temporary, self.folder / _UNITS)
+                rename(own_places, self.folder / _PLACES)
                 job._write()
         finally:
             temporary.unlink(missing_ok=True)
+            own_places.unlink(missing_ok=True)
             if made and not self.planned:
                 shutil.rmtree(self.folder)
         return job
 
-    def _cut(self, units: Iterator[Unit], file: BinaryIO) -> "Job":
-        """Write the list of units."""
+    def _cut(self, units: Iterator[Unit], file: BinaryIO, places: BinaryIO) -> "Job":
+        """Write the list of units, and where in it each begins."""
         sha256, num_units, num_bytes = hashlib.sha256(), 0, 0
         for unit in units:
             line = json.dumps(unit).encode() + b"\n"
+            places.write(_PLACE.pack(file.tell()))
             file.write(line)
             sha256.update(line)
             num_units, num_bytes = num_units + 1, num_bytes + sum_bytes(unit)
@@ -171,15 +177,6 @@ class Job:
                 )
         if self.folder.exists() and any(path.is_dir() for path in self.folder.iterdir()):
             raise UserError(f"{self.folder} has no {_JOB} that says what its parts are of; remove that folder")
-
-    @functools.cached_property
-    def _places(self) -> list[int]:
-        """Where each unit begins in the list of units."""
-        places = [0]
-        with (self.folder / _UNITS).open("rb") as file:
-            for line in file:
-                places.append(places[-1] + len(line))
-        return places
 
     def _write(self) -> None:
         path = self.folder / _JOB

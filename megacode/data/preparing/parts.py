@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.data.durable import rename, sync
+from megacode.data.joints import is_unbroken
 from megacode.data.preparing.corpus import is_valid
 from megacode.data.preparing.job import Job, documents
 from megacode.data.preparing.readers import LINES, Reject, Segments, Watch, encodable
@@ -155,6 +156,9 @@ def _write_part(job: Job, unit: int, folder: Path, on_bytes: OnBytes) -> None:
         for ordinal, document in enumerate(documents(job, unit, watch)):
             if ordinal in dropped:
                 reject(Reject(document.name, document.line, *dropped[ordinal]))
+                continue
+            if is_unbroken(document.text, tokenizer.model):
+                reject(Reject(document.name, document.line, "nowhere to cut"))
                 continue
             side = "valid" if job.valid is not None and is_valid(document.key, job.valid_fraction) else "train"
             ids, own = frame(document.text, document.segments, tokenizer)
