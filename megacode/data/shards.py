@@ -191,8 +191,10 @@ class ShardWriter:
 class Shards:
     """One shard, memory-mapped. Opening reads the header and the last entries only, however many documents there are.
 
-    Files written by Megatron-LM, which have no PREFIX.json, open too. Each file is mapped when something of it is first
-    read. What a damaged index says is never followed out of PREFIX.bin.
+    Files written by Megatron-LM, which have no PREFIX.json, open too. The index is mapped when something of it is first
+    read, as the file of spans is (`Spans`): if one of these is cut short while it is open, the process ends by SIGBUS.
+    Put new files in place by renaming, as `ShardWriter` does. PREFIX.bin is read and not mapped: cut short, it is an
+    error. What a damaged index says is never followed out of PREFIX.bin.
 
     Attributes:
         prefix: As given.

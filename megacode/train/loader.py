@@ -140,7 +140,10 @@ class Loader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise RuntimeError(f"data.workers: one has died, mostly for want of memory: {error}") from None
+            raise RuntimeError(
+                "data.workers: one has died, mostly for want of memory, or (bus error) since a shard's .idx or .spans "
+                f"was cut short: {error}"
+            ) from None
 
 
 def load(recipe: Recipe, mesh: Mesh, stream: Stream, first: int, stop: int, workers: int) -> Loader:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megacode.data.packing import MicroBatch
+from megacode.data.shards import Shards
 from megacode.errors import UserError
 from megacode.parallel.mesh import Mesh
 
@@ -40,6 +41,19 @@ class Numbers:
             tokens, tokens.copy(), positions, tokens % 2 == 1, np.zeros(len(indices), np.int64), cu_seqlens=None,
             counts=Counter(uncut=len(indices), infilled=sum(number % 2 for number in indices), padding=5),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """A shard whose index is cut short between two looks at it."""
+
+    prefix: Path
+
+    def micro_batch(self, indices):
+        shards = Shards(self.prefix)
+        shards.document(0)
+        os.truncate(f"{self.prefix}.idx", 0)
+        return shards.document(shards.num_documents - 1)
 
 
 def mesh(**changes):

@@ -7,7 +7,8 @@ from itertools import islice
 
 import pytest
 import torch
-from support.loading import LENGTH, Numbers, mesh
+from support.loading import LENGTH, Numbers, Truncated, mesh
+from support.shards import write_megatron
 from support.training import recipe
 
 from megacode.data.stream import step_indices
@@ -62,6 +63,15 @@ def test_a_damaged_shard_is_one_line_from_a_worker_too():
 
 def test_a_worker_that_dies_is_an_error():
     with loader(Numbers(deadly=1), 1) as made, pytest.raises(RuntimeError, match=r"data\.workers: .* \(pid"):
+        made.step()
+
+
+def test_an_index_that_is_cut_short_is_named_as_what_may_have_ended_a_worker(tmp_path):
+    write_megatron(tmp_path / "s", [[1] * LENGTH] * 500)
+    with (
+        loader(Truncated(tmp_path / "s"), 1) as made,
+        pytest.raises(RuntimeError, match=r"\.idx or \.spans was cut short: .*\(pid"),
+    ):
         made.step()
 
 
