@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -91,6 +89,8 @@ def on_cluster(
     """
     from megacode.data.preparing.slurm import Request, submit
 
+    if (summary := job.finished()) is not None:
+        return summary
     request = Request(partition, time, memory_gb or DEFAULT_MEMORY_GB, workers)
     submission = submit(job, request)
     for stage in submission.stages:
@@ -101,14 +101,8 @@ def on_cluster(
         typer.echo(f"squeue --me shows the jobs, {job.output}.slurm has their logs; --wait waits for the end")
         return None
     with _bars(job.num_bytes) as (_, on_stage):
-        submission.wait(lambda: _finished(job), on_stage)
-    return {
-        side: json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")) for side, prefix in job.prefixes.items()
-    }
-
-
-def _finished(job: Job) -> bool:
-    return not job.folder.exists() and all(Path(f"{prefix}.bin").exists() for prefix in job.prefixes.values())
+        submission.wait(lambda: job.finished() is not None, on_stage)
+    return job.finished()
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def prepare(
         dedup=dedup,
         decontaminate=decontaminate or (),
     )
-    if decontaminate:
+    if decontaminate and job.planned:
         tell_skipped(job)
     if executor == Executor.SLURM:
         summary = on_cluster(job, partition, time, memory_gb, workers, wait)

@@ -64,6 +64,7 @@ def test_bytes_are_those_of_this_machine(cluster, tmp_path, model):
     assert "--wait waits for the end" in sent
 
     waited = run(*command, "--wait")
+    cluster.wait()
     assert re.findall(r"job (\d+): (\w+), (\d+) tasks", waited) == jobs, "jobs that are in the queue are not sent again"
     assert waited.split("\n", 5)[5].replace(str(there), str(here)) == local
     for side in ("s", "s-valid"):
@@ -71,6 +72,7 @@ def test_bytes_are_those_of_this_machine(cluster, tmp_path, model):
             assert (there.parent / f"{side}{end}").read_bytes() == (here.parent / f"{side}{end}").read_bytes()
     assert Path(f"{there}.rejects.jsonl").read_bytes() == Path(f"{here}.rejects.jsonl").read_bytes()
     assert sorted(path.name for path in there.parent.glob("s.*/")) == ["s.slurm"]
+    assert run(*command, "--wait").replace(str(there), str(here)) == local, "what is done is told again"
 
 
 def test_a_task_that_fails_is_told(cluster, tmp_path, model):

@@ -378,6 +378,23 @@ def test_names_come_after_contents(tmp_path, tokenizer, monkeypatch):
         assert order[place + 1] == f"{tmp_path}/out", "a name is on the disk before the next one is given"
 
 
+def test_a_merge_that_is_run_again_is_done(tmp_path, inputs, tokenizer):
+    job = plan(Corpus(inputs), tokenizer.path, tmp_path / "s", valid=tmp_path / "v", valid_fraction=0.5)
+    assert job.finished() is None
+    for unit in range(job.num_units):
+        run_unit(job, unit)
+    summary = json.loads(json.dumps(merge(job)))
+    made = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+    assert merge(job) == summary == job.finished()
+    assert {path.name: path.stat().st_ino for path in tmp_path.iterdir()} == made
+    assert plan(Corpus(inputs), tokenizer.path, tmp_path / "s", valid=tmp_path / "v", valid_fraction=0.5) == job
+    with pytest.raises(UserError, match=r"v\.bin is there already"):
+        plan(Corpus(inputs), tokenizer.path, tmp_path / "v", valid=tmp_path / "s", valid_fraction=0.5)
+    (tmp_path / "v.idx").unlink()
+    with pytest.raises(UserError, match=r"000000 is missing"):
+        merge(job)
+
+
 def test_other_options_do_not_go_on(tmp_path, inputs, tokenizer):
     job = plan(Corpus(inputs), tokenizer.path, tmp_path / "s")
     with pytest.raises(UserError, match=r"another min_bytes \(0\); give the same inputs and options"):
@@ -403,8 +420,10 @@ def test_one_command_at_a_time(tmp_path, inputs, tokenizer):
             prepare(job, 1)
     assert not (tmp_path / "s.lock").exists()
     prepare(job, 1)
+    assert prepare(job, 1)["train"] == Shards(tmp_path / "s").facts, "another command has been faster"
+    (tmp_path / "s.idx").unlink()
     with pytest.raises(UserError, match=r"job\.json is missing"):
-        prepare(job, 1)  # another command has been faster
+        prepare(job, 1)
     (tmp_path / "s.lock").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*s\.lock: Is a directory; mend that"):
         prepare(job, 1)
@@ -435,14 +454,14 @@ def test_what_is_left_of_parts_does_not_let_a_shard_be_replaced(tmp_path, inputs
     prepare(plan(Corpus(inputs[:1]), tokenizer.path, tmp_path / "s"), 1)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("s.*")}
     (tmp_path / "s.parts" / "000003").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"s\.parts has no job\.json that says what its parts are of; remove"):
+        plan(Corpus(inputs[1:]), tokenizer.path, tmp_path / "s")
+    (tmp_path / "s.parts" / "000003").rmdir()
     with pytest.raises(UserError, match=r"s\.bin is there already"):
         plan(Corpus(inputs[1:]), tokenizer.path, tmp_path / "s")
     assert {path.name: path.read_bytes() for path in tmp_path.glob("s.*[!s]")} == before
     for name in before:
         (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=r"s\.parts has no job\.json that says what its parts are of; remove"):
-        plan(Corpus(inputs[1:]), tokenizer.path, tmp_path / "s")
-    shutil.rmtree(tmp_path / "s.parts")
     real = shutil.rmtree
     monkeypatch.setattr(parts.shutil, "rmtree", lambda path, *args, **kwargs: None)
     prepare(plan(Corpus(inputs[1:]), tokenizer.path, tmp_path / "s"), 1)

@@ -58,12 +58,19 @@ def test_the_commands(tmp_path):
     assert "Example: megacode prepare" in " ".join(runner.invoke(app, ["--help"]).output.split())
 
 
-def test_the_command_replaces_no_shard(tmp_path, tokenizer):
+def test_the_command_replaces_no_shard(tmp_path, tokenizer, capsys):
     from megacode.tools.prepare import prepare as command
 
     tree = write(tmp_path / "tree", {"a.py": "a"})
     command([tree], tokenizer.path, tmp_path / "s", workers=1)
     before = (tmp_path / "s.bin").read_bytes()
+    with pytest.raises(UserError, match=r"s\.bin is there already; remove it"):
+        command([tree], tokenizer.path, tmp_path / "s", min_bytes=1)
+    capsys.readouterr()
+    command([tree], tokenizer.path, tmp_path / "s")
+    assert "s: 1 documents" in capsys.readouterr().out, "the same command says what it has made"
+    assert not (tmp_path / "s.parts").exists()
+    (tree / "a.py").write_text("b")
     with pytest.raises(UserError, match=r"s\.bin is there already; remove it"):
         command([tree], tokenizer.path, tmp_path / "s")
     with pytest.raises(UserError, match="--valid-fraction needs --valid"):

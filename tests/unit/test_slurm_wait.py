@@ -1,11 +1,50 @@
 """Waiting for jobs on a cluster that answers badly, or ends them without a word; no cluster is needed."""
 
+import contextlib
+import io
+
 import pytest
+from datatrove.pipeline.base import PipelineStep
 
 from megacode.data.preparing import slurm
+from megacode.data.preparing.lock import locked
 from megacode.data.preparing.slurm import Submission
 from megacode.data.preparing.stages import Stage
 from megacode.errors import UserError
+
+
+class Look(PipelineStep):
+    """Who could work on a prefix while a task does."""
+
+    name, type = "look", "test"
+
+    def __init__(self, prefix):
+        super().__init__()
+        self.prefix, self.found = prefix, []
+
+    def run(self, data=None, rank=0, world_size=1):
+        for shared in (True, False):
+            try:
+                with locked(self.prefix, shared=shared):
+                    self.found.append(True)
+            except UserError:
+                self.found.append(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("sign", [True, False]), ("tokenize", [True, False]), ("merge", [False] * 2)]
+)
+def test_a_task_keeps_other_commands_away(tmp_path, monkeypatch, name, found):
+    monkeypatch.setattr(slurm._Executor, "_set_distributed_environment", lambda *args: None)  # asks SLURM
+    look = Look(tmp_path / "s")
+    executor = slurm._executor(tmp_path / "s", Stage(name, [look], 1), slurm.Request(), 1001, None)
+    with contextlib.redirect_stderr(io.StringIO()):
+        executor.pipeline[0].run()
+        assert look.found == [True, True]
+        look.found.clear()
+        executor._run_for_rank(0)
+    assert look.found == found
+
 
 STAGES = [Stage("sign", [], 3), Stage("merge", [], 1)]
 

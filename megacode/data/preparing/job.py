@@ -19,6 +19,7 @@ from megacode.data.preparing.corpus import Corpus, Document, Piece, Unit, sum_by
 from megacode.data.preparing.filters import Filters
 from megacode.data.preparing.lock import locked
 from megacode.data.preparing.readers import Fields, Watch
+from megacode.data.shards import Shards
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 
@@ -117,6 +118,7 @@ class Job:
 
     def start(self) -> "Job":
         """Cut the inputs into units and write the job into its folder, or go on with it where it stands there already.
+        Nothing is written where it is `finished`.
 
         Raises:
             UserError: the inputs cannot be read, the folder holds parts of another job, a shard stands there already,
@@ -138,7 +140,7 @@ class Job:
         goes_on = self.planned
         made = not self.folder.exists()
         if not goes_on:
-            self._refuse_outputs()
+            self._refuse_parts()
             self.folder.mkdir(parents=True, exist_ok=True)
         temporary, own_places = (self.folder / f"{name}.{os.getpid()}.tmp" for name in (_UNITS, _PLACES))
         try:
@@ -146,7 +148,8 @@ class Job:
                 job = self._cut(units, file, places)
             if goes_on:
                 _same(Job.load(self.folder), job)
-            else:
+            elif job.finished() is None:
+                self._refuse_shards()
                 rename(temporary, self.folder / _UNITS)
                 rename(own_places, self.folder / _PLACES)
                 job._write()
@@ -156,6 +159,26 @@ class Job:
             if made and not self.planned:
                 shutil.rmtree(self.folder)
         return job
+
+    def identity(self, side: str) -> str:
+        """Of what a side's shard is made: SHA-256 of options and of the list of units; goes to PREFIX.json as `job`."""
+        values = dataclasses.asdict(self) | {"valid": self.valid is not None, "side": side}
+        values["corpus"].pop("inputs")  # where they are does not matter
+        for key in ("output", "tokenizer_path"):
+            values.pop(key)
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def finished(self) -> dict[str, dict[str, Any]] | None:
+        """What is in each PREFIX.json, where this very job has been done and its parts are gone; else None."""
+        summary: dict[str, dict[str, Any]] = {}
+        for side, prefix in () if self.planned else self.prefixes.items():
+            try:
+                summary[side] = Shards(prefix).facts
+            except UserError:  # there is none, or what is left of one
+                return None
+            if summary[side].get("job") != self.identity(side):
+                return None
+        return summary or None
 
     def _cut(self, units: Iterator[Unit], file: BinaryIO, places: BinaryIO) -> "Job":
         """Write the list of units, and where in it each begins."""
@@ -168,13 +191,14 @@ class Job:
             num_units, num_bytes = num_units + 1, num_bytes + sum_bytes(unit)
         return dataclasses.replace(self, num_units=num_units, num_bytes=num_bytes, units_sha256=sha256.hexdigest())
 
-    def _refuse_outputs(self) -> None:
-        """What stands there and is not of a job that is to go on must not be replaced, nor taken for parts."""
+    def _refuse_shards(self) -> None:
         for prefix in self.prefixes.values():
             if os.path.lexists(f"{prefix}.bin"):
                 raise UserError(
                     f"{prefix}.bin is there already; remove it with its .idx and .json, or name another prefix"
                 )
+
+    def _refuse_parts(self) -> None:
         if self.folder.exists() and any(path.is_dir() for path in self.folder.iterdir()):
             raise UserError(f"{self.folder} has no {_JOB} that says what its parts are of; remove that folder")
 

@@ -73,6 +73,8 @@ def merge(job: Job) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: a part is missing, a shard would be empty, or cannot be written.
     """
+    if (summary := job.finished()) is not None:  # as for a task that is run again, killed before it could say that
+        return summary
     missing = next((unit for unit in range(job.num_units) if not job.part(unit).exists()), None)
     if missing is not None:
         raise UserError(f"{job.part(missing)} is missing; run the same command again to make it")
@@ -87,6 +89,7 @@ def merge(job: Job) -> dict[str, dict[str, Any]]:
             for side, writer in writers.items():
                 writer.withdraw()  # what a merge that was interrupted left
                 _merge_side(job, side, writer)
+                writer.facts["job"] = job.identity(side)
                 writer.facts["rejected"] = dict(sorted(rejected.items())) if side == "train" else {}
             _refuse_empty(job, writers, rejected)
             _merge_spans(job, writers)

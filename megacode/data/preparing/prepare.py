@@ -38,6 +38,8 @@ def plan(
 ) -> Job:
     """Cut the inputs into units and write down the job in PREFIX.parts, or go on with the one that stands there.
 
+    Nothing is written where the shards of this very job stand.
+
     Args:
         corpus: The documents; shards keep its order.
         tokenizer: The tokenizer's file; its hash goes into PREFIX.json.
@@ -49,7 +51,7 @@ def plan(
         decontaminate: Benchmark files; documents that hold text of them are left out.
 
     Raises:
-        UserError: an input cannot be read, an output stands there already or cannot be written.
+        UserError: an input cannot be read, another shard stands there already, or an output cannot be written.
     """
     if valid is not None and os.path.realpath(valid) == os.path.realpath(output):
         raise UserError(f"--output and --valid are both {os.path.realpath(output)}; give two prefixes")
@@ -71,7 +73,7 @@ def plan(
     )
     try:
         job = job.start()
-        if index is not None:
+        if index is not None and job.planned:
             index.save(job.folder / BENCHMARKS)
         return job
     except OSError as error:
@@ -99,6 +101,8 @@ def prepare(
         UserError: an input cannot be read, an output cannot be written, or a shard would be empty.
     """
     with locked(job.output):
+        if (summary := job.finished()) is not None:
+            return summary
         if Job.load(job.folder) != job:
             raise UserError(f"{job.folder} has become another preparation's; remove it, or name another prefix")
         for leftover in job.folder.glob("*.tmp"):

@@ -28,6 +28,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from megacode.data.preparing.job import Job
 from megacode.data.preparing.local import AGAIN
+from megacode.data.preparing.lock import locked
 from megacode.data.preparing.parts import merge, run_unit
 from megacode.data.preparing.stages import OnStage, Stage, stages_of
 from megacode.errors import UserError
@@ -75,16 +76,26 @@ class Merge(PipelineStep):
 
     type, name = "tokens", "merge"
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, job: Job) -> None:
         super().__init__()
-        self.folder = str(folder)
+        self.job = job  # and not its folder, which is gone when the task is run again after it has merged
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        merge(Job.load(self.folder))
+        merge(self.job)
 
 
 class _Executor(SlurmPipelineExecutor):
-    """datatrove's, without a job that sums up statistics after each stage, and without options that are not given."""
+    """datatrove's, without a job that sums up statistics after each stage, and without options that are not given.
+
+    Tasks hold the lock of the prefix, all of a stage together, or the one that merges alone.
+    """
+
+    prefix: Path
+    alone: bool
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        with locked(self.prefix, shared=not self.alone):
+            return super()._run_for_rank(rank, local_rank, node_rank)
 
     def launch_merge_stats(self) -> None:
         pass
@@ -196,7 +207,7 @@ def submit(job: Job, request: Request) -> Submission:
     prefix = Path(job.output)
     if re.search(r"[^\w./+=@,:-]", str(prefix)):
         raise UserError(f"{prefix} has characters that a batch script cannot have; use letters, digits and _ . / -")
-    own = Stage("tokenize", [Tokenize(job.folder)], job.num_units), Stage("merge", [Merge(job.folder)], 1)
+    own = Stage("tokenize", [Tokenize(job.folder)], job.num_units), Stage("merge", [Merge(job)], 1)
     stages = [*stages_of(job), *own]
     record = _outputs(prefix) / "jobs.json"
     if record.exists():
@@ -236,7 +247,7 @@ def _send(submission: Submission, request: Request, record: Path) -> None:
 def _executor(prefix: Path, stage: Stage, request: Request, most: int, depends: _Executor | None) -> _Executor:
     outputs = _outputs(prefix) / stage.name
     merges = stage.name == "merge"
-    return _Executor(
+    executor = _Executor(
         stage.steps,
         tasks=stage.tasks,
         # Of several arrays for a stage, the next stage would wait for the last one only. So there is one.
@@ -256,6 +267,8 @@ def _executor(prefix: Path, stage: Stage, request: Request, most: int, depends: 
         skip_completed=not merges,
         slurm_logs_folder=str(outputs),
     )
+    executor.prefix, executor.alone = prefix, merges
+    return executor
 
 
 def _parts(prefix: Path) -> Path:
