@@ -220,7 +220,7 @@ def _append_rows(model: sentencepiece_model_pb2.ModelProto) -> None:
 def _trainer_error(message: str, num_pieces: int) -> UserError:
     """Say the trainer's complaint as a mend."""
     if "sentences_.empty()" in message:
-        return UserError("there is no text to train the tokenizer on; check the inputs and --suffix")
+        return UserError("there is no text to train the tokenizer on; check the inputs, --suffix and --text-field")
     if "too high" in message:
         limit = re.search(r"<= (\d+)", message)
         most = f"ask for at most {limit[1]} pieces" if limit else "ask for fewer pieces"

@@ -5,6 +5,7 @@ import json
 
 import pyarrow
 import pytest
+import zstandard
 from pyarrow import parquet
 
 from megacode.data.preparing.decontaminate import Index
@@ -171,3 +172,27 @@ def test_a_short_question_or_answer_alone_tells_nothing(tmp_path):
     index = Index.build([tmp_path / "p.jsonl"])
     assert index.find("Which of these is right? None of the above is right")
     assert not any(map(index.find, record.values()))
+
+
+@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress, zstandard.compress], ids=["plain", "gz", "zst"])
+def test_benchmarks_may_be_packed(tmp_path, pack):
+    name = {"plain": "b.ndjson", "gz": "b.jsonl.gz", "zst": "b.jsonl.zst"}
+    data = json.dumps({"prompt": " ".join(f"word{i}" for i in range(12))}).encode()
+    path = tmp_path / name[{0x7B: "plain", 0x1F: "gz", 0x28: "zst"}[pack(data)[0]]]
+    path.write_bytes(pack(data))
+    assert Index.build([path]).find(" ".join(f"word{i}" for i in range(12))) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("b.jsonl", b"", "holds no text"),
+        ("b.txt", b" \n", "holds no text"),
+        ("b.json", b'{"prompt": "a"}', "name JSON lines .jsonl"),
+        ("b.jsonl.zst", b"junk", "cannot read"),
+    ],
+)
+def test_benchmarks_without_text_or_under_a_wrong_name(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        Index.build([tmp_path / name])

@@ -302,4 +302,5 @@ def _find(
                 f"cannot read the folder {folder}: {error.strerror}; mend it or leave it out with --exclude"
             ) from None
     if not found:
-        raise UserError(f"{path} has no file that ends in {' or '.join(suffixes)}; check --suffix and --exclude")
+        ends = " or ".join(suffixes)
+        raise UserError(f"{path} has no file that ends in {ends}; check --suffix (.jsonl is one too) and --exclude")

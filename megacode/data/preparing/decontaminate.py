@@ -5,12 +5,15 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 
+from megacode.data.preparing.readers import LINES
 from megacode.data.preparing.words import Hashes, ngram_hashes, split, word_hashes
 from megacode.errors import UserError
 
@@ -50,7 +53,8 @@ class Index:
         """Read benchmarks.
 
         Args:
-            files: .jsonl, .jsonl.gz or .parquet (a problem a record) or any other UTF-8 text (one text as a whole).
+            files: .jsonl or .ndjson (also .gz, .zst) or .parquet (a problem a record), or any other UTF-8 text but
+                .json (one text as a whole).
 
         Raises:
             UserError: a file cannot be read, has no text in a known field, or two have the same name.
@@ -62,13 +66,16 @@ class Index:
         found: dict[int, dict[int, int]] = {}
         num_skipped = 0
         for number, file in enumerate(files):
-            for texts in _problems(Path(file)):
-                whole, *parts = texts
+            num_problems = 0
+            for whole, *parts in _problems(Path(file)):
+                num_problems += 1
                 runs = [_runs(whole, SHORTEST), *(_runs(part, SHORTEST_PART) for part in parts)]
                 num_skipped += not any(hashes.size for _, hashes in runs)
                 for length, hashes in runs:
                     for value in hashes.tolist():
                         found.setdefault(length, {}).setdefault(value, number)
+            if not num_problems:
+                raise UserError(f"{file} holds no text to look for; check --decontaminate")
         return cls(names, {length: _sorted(found[length]) for length in sorted(found)}, num_skipped)
 
     def save(self, path: str | Path) -> None:
@@ -145,22 +152,25 @@ def _sorted(found: dict[int, int]) -> tuple[Hashes, Hashes]:
 def _problems(file: Path) -> Iterator[list[str]]:
     """The problems of a benchmark file, each in the forms in which it is looked for."""
     try:
-        if file.name.endswith((".jsonl", ".jsonl.gz")):
+        if file.name.endswith(LINES):
             for number, record in _json_records(file):
                 yield _forms(record, f"{file}:{number}")
         elif file.name.endswith(".parquet"):
             for number, record in enumerate(_parquet_records(file), 1):
                 yield _forms(record, f"{file}, row {number}")
-        else:
-            yield [file.read_text(encoding="utf-8")]
+        elif file.name.endswith(".json"):
+            raise UserError(f"{file} would be one text as a whole; name JSON lines .jsonl, and a text .txt")
+        elif text := file.read_text(encoding="utf-8").strip():
+            yield [text]
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8; mend it or leave out --decontaminate {file}") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"cannot read {file}: {error}; check --decontaminate") from None
 
 
 def _json_records(file: Path) -> Iterator[tuple[int, Any]]:
-    with gzip.open(file, "rt", encoding="utf-8") if file.name.endswith(".gz") else file.open(encoding="utf-8") as lines:
+    opener: Any = {".gz": gzip.open, ".zst": zstandard.open}.get(file.suffix, open)
+    with opener(file, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:

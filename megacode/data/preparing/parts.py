@@ -32,6 +32,10 @@ from megacode.errors import UserError
 
 _UNKNOWN = "unknown"
 _COUNTS = ("documents", "tokens", "bytes")
+_MENDS = {
+    "no field": " (--text-field names the field of the text)",
+    "other language": " (of lines and rows, --language-field tells the language)",
+}
 Languages = dict[str, dict[str, int]]
 """Language -> what there is of it."""
 
@@ -243,8 +247,9 @@ def _refuse_empty(job: Job, writers: dict[str, ShardWriter], rejected: Counter[s
         if not writer.num_documents:
             _remove(job.folder)  # going on with these parts would end the same way
             why = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
+            mend = next((mend for reason, mend in _MENDS.items() if any(reason in each for each in rejected)), "")
             raise UserError(
-                f"no document is left for {writer.prefix} (left out: {why}); give more inputs or other options"
+                f"no document is left for {writer.prefix} (left out: {why}); give more inputs or other options{mend}"
             )
 
 
