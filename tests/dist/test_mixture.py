@@ -23,9 +23,9 @@ def test_two_sources_with_a_stop_between(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "STOP").write_text("3")
-    stopped = launch(recipe, *changes)
+    stopped = launch(recipe, *changes, processes=2)
     assert (stopped.returncode, status(run)["step"]) == (75, 3), stopped.stderr[-3000:]
-    done = launch(recipe, *changes)
+    done = launch(recipe, *changes, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "source one: 75.0000% of the samples" in stopped.stdout + done.stdout
 
