@@ -1,17 +1,15 @@
 """`megacode prepare --executor slurm` does what it does on this machine, to the byte, and tells what failed."""
 
 import gzip
-import inspect
 import re
-import textwrap
 from pathlib import Path
 
 import pytest
 import typer
 from support.preparing import UNIT_BYTES, benchmark, write_corpus
+from support.trees import small_model
 from typer.testing import CliRunner
 
-from megacode.data.tokenizer import train
 from megacode.errors import UserError
 from megacode.tools.prepare import prepare
 
@@ -22,9 +20,7 @@ APP.command()(prepare)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
-    train(iter([inspect.getsource(textwrap)] * 3), path, 400)
-    return path
+    return small_model(tmp_path_factory.mktemp("tokenizer") / "t.model")
 
 
 @pytest.fixture

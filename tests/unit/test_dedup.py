@@ -1,10 +1,8 @@
 """What is found to be a duplicate, how well, and that nothing but the corpus decides it."""
 
-import inspect
 import json
 import random
 import signal
-import textwrap
 from collections import Counter
 from functools import partial
 
@@ -13,6 +11,7 @@ import pytest
 from datatrove.data import Document
 from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
 from support.preparing import UNIT_BYTES, benchmark, contaminated, raise_signal, rejects, write_corpus
+from support.trees import small_model
 
 from megacode.data.preparing import words
 from megacode.data.preparing.corpus import Corpus
@@ -21,7 +20,6 @@ from megacode.data.preparing.local import LocalExecutor, pool
 from megacode.data.preparing.prepare import plan, prepare
 from megacode.data.preparing.stages import check_installed, stages_of
 from megacode.data.shards import Shards
-from megacode.data.tokenizer import train
 from megacode.errors import UserError
 
 NEAR = {"dedup": "near"}
@@ -29,9 +27,7 @@ NEAR = {"dedup": "near"}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
-    train(iter([inspect.getsource(textwrap)] * 3), path, 400)
-    return path
+    return small_model(tmp_path_factory.mktemp("tokenizer") / "t.model")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from support.trees import small_model, write
 
 from megacode.data.preparing import corpus as corpus_module
 from megacode.data.preparing import lock, parts, pool
@@ -36,18 +37,7 @@ from megacode.tools import executors
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "a.py").write_text(inspect.getsource(textwrap))
-    train_tokenizer(Corpus([folder]), folder / "t.model", 500)
-    return Tokenizer(folder / "t.model")
-
-
-def write(folder, files):
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
+    return Tokenizer(small_model(tmp_path_factory.mktemp("tokenizer") / "t.model", 500))
 
 
 def texts(prefix, tokenizer):

@@ -5,10 +5,11 @@ import textwrap
 
 import pytest
 import typer
+from support.trees import small_model, write
 from typer.testing import CliRunner
 
 from megacode.data.preparing.corpus import Corpus
-from megacode.data.preparing.prepare import plan, prepare, train_tokenizer
+from megacode.data.preparing.prepare import plan, prepare
 from megacode.data.shards import Shards
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
@@ -18,17 +19,7 @@ from megacode.tools import tokenizer as tokenizer_tool
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "a.py").write_text(inspect.getsource(textwrap))
-    train_tokenizer(Corpus([folder]), folder / "t.model", 500)
-    return Tokenizer(folder / "t.model")
-
-
-def write(folder, files):
-    folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_text(content)
-    return folder
+    return Tokenizer(small_model(tmp_path_factory.mktemp("tokenizer") / "t.model", 500))
 
 
 def test_the_commands(tmp_path):

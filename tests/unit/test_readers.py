@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.trees import write
 
 from megacode.data.preparing import corpus as corpus_module
 from megacode.data.preparing import readers, streams
@@ -23,14 +24,6 @@ from megacode.data.preparing.filters import Filters
 from megacode.data.preparing.readers import Fields, Reject, Watch
 from megacode.data.preparing.streams import lines
 from megacode.errors import UserError
-
-
-def write(folder, files):
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
 
 
 def read(corpus):
