@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -200,7 +201,7 @@ def run_stages(job: Job, made: Made) -> dict[str, float]:
     """MB/s of one core of each stage of de-duplication and decontamination together, its start included."""
     rates = {}
     for stage in stages_of(job):
-        rates[f"stage {stage.name}"] = made.megabytes / seconds(lambda stage=stage: _run(stage, job), 1)  # type: ignore[misc]
+        rates[f"stage {stage.name}"] = made.megabytes / seconds(partial(_run, stage, job), 1)
     return rates
 
 

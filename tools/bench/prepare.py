@@ -201,6 +201,8 @@ def main(
     """
     if small == large:
         raise UserError("--small and --large are the same; give two sizes")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     with json_output(json_file) as write, tempfile.TemporaryDirectory(dir=folder) as scratch:
         model = tokenizer or Path(scratch, "tokenizer.model")
         if tokenizer is None:
