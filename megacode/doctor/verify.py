@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megacode.checkpoint.store import global_order
+from megacode.checkpoint.reader import global_order
 from megacode.data.tokenizer import Tokenizer
 from megacode.doctor.machine import training_device
 from megacode.doctor.outcome import Deviation, Differences, Outcome, combine, deviations

@@ -7,7 +7,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megacode.checkpoint import store
-from megacode.checkpoint.store import STATES, CheckpointReader, Progress, Writer
+from megacode.checkpoint.reader import STATES, CheckpointReader, Progress
+from megacode.checkpoint.store import Writer
 from megacode.data.stream import ORDER, TrainStream, ValidationStream, open_train, open_valid
 from megacode.data.tokenizer import Tokenizer
 from megacode.engine.zero import ZeroEngine
@@ -165,7 +166,7 @@ def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress
     engine.set_optimizer_step(reader.progress.adam_step)
     for name, parameter in engine.parameters.items():
         doing(f"reading {name}", patient=True)
-        for key in ("weight", *store.STATES):
+        for key in ("weight", *STATES):
             engine.write(name, reader.read_part(name, part_of(parameter), key), key)
     return reader.progress
 

@@ -181,7 +181,7 @@ def parallel(
     Returns [outcome, {name: Slice}], with gradients and weights of this rank's tensors, on the first data rank only.
     """
     from megacode.checkpoint import store
-    from megacode.checkpoint.store import CheckpointReader, Progress
+    from megacode.checkpoint.reader import CheckpointReader, Progress
     from megacode.engine.zero import ZeroEngine, start_deepspeed
     from megacode.parallel import mesh as meshes
     from megacode.train.start import resume, writer

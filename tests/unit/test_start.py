@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megacode.checkpoint.store import Progress
+from megacode.checkpoint.reader import Progress
 from megacode.errors import UserError
 from megacode.train import start
 from megacode.train.loop import _add_labels
