@@ -4,7 +4,7 @@ import importlib
 
 from megacode.importing import uncollected
 
-# DeepSpeed's engine imports muon_optimizer when it is made, and with it torch's compiler: seconds in which a rank stands.
+# DeepSpeed imports muon_optimizer when an engine is made, and with it torch's compiler: seconds in which a rank stands.
 MODULES = ("pytest", "megacode.train.main", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 with uncollected():

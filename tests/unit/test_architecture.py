@@ -29,8 +29,8 @@ ALLOWED = {
     "checkpoint": {"errors", "recipe", "plan", "kernels", "model", "data", "checkpoint"},
     "train": {"errors", "importing", "recipe", "plan", "model", "data", "parallel", "engine", "checkpoint", "train"},
     "doctor": {
-        *("errors", "importing", "recipe", "plan", "kernels", "model", "data", "parallel", "engine", "checkpoint", "train"),
-        "doctor",
+        *("errors", "importing", "recipe", "plan", "kernels", "model", "data"),
+        *("parallel", "engine", "checkpoint", "train", "doctor"),
     },
     "tools.output": {"errors"},
     "tools.bench": {
