@@ -3,7 +3,10 @@
 import sys
 
 try:
-    from megacode.train.main import main
+    from megacode.importing import uncollected
+
+    with uncollected():
+        from megacode.train.main import main
 except ModuleNotFoundError as error:
     if error.name != "megacode":
         raise

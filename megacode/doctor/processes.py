@@ -20,6 +20,7 @@ from typing import Any
 
 from megacode.doctor.versions import one_line
 from megacode.errors import UserError
+from megacode.importing import uncollected
 
 LINES = 4
 """How much of a stack, or of what a dead rank wrote last, is shown."""
@@ -182,7 +183,8 @@ def _serve(pipe: Connection, environment: dict[str, str], log: Path, timeout_sec
     faulthandler.dump_traceback_later(4 * timeout_seconds, exit=True, file=file)
     failure = None
     try:
-        from megacode.train.launch import find_device, find_place, start_process_group
+        with uncollected():
+            from megacode.train.launch import find_device, find_place, start_process_group
 
         place = find_place()
         start_process_group(place, find_device(place), timeout_seconds)

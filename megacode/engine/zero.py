@@ -4,6 +4,7 @@ DeepSpeed's PipelineEngine refuses ZeRO-2 and 3. A plain engine does not know th
 needs is in `private`, one function a cure.
 """
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from megacode.engine import private
 from megacode.engine.config import deepspeed_config
 from megacode.engine.optimizer import OPERATION, choose, make
+from megacode.importing import uncollected
 from megacode.model.layers import part_of
 from megacode.model.llama import Block
 from megacode.parallel.build import build_chunks, choose_kernels
@@ -50,6 +52,8 @@ def start_deepspeed() -> None:
     private.skip_shared_memory_op()
     private.skip_device_count()
     private.expect_segments()
+    with uncollected():
+        importlib.import_module("torch._dynamo")  # torch's optimizers and DeepSpeed import it at their first use
     deepspeed.init_distributed(verbose=False)
 
 

@@ -2,6 +2,9 @@
 
 import sys
 
-from megacode.train.main import main
+from megacode.importing import uncollected
+
+with uncollected():
+    from megacode.train.main import main
 
 sys.exit(main(sys.argv[1:]))

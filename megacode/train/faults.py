@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ FILES = ("STOP", "SAVE")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _LOOK_SECONDS = 1.0
 _WATCH_SECONDS = 0.5
+_LOST = re.compile(r"Connection (?:closed|reset) by peer|Broken pipe|ncclRemoteError")
 _LOOKS_BETWEEN = 10
 """So many looks at the processes of this machine for one at the run folder, which all ranks of all machines share."""
 
@@ -122,6 +124,14 @@ class Peer:
 def this_process(rank: int) -> Peer:
     """This rank, as the others are told of it."""
     return Peer(rank, socket.gethostname(), os.getpid(), _started(os.getpid()))
+
+
+def lost_connection(error: BaseException) -> str | None:
+    """What a backend says where the process at the other end is gone, or the network between; None of other errors."""
+    if not isinstance(error, RuntimeError) or _LOST.search(str(error)) is None:
+        return None
+    # "[.../gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]:434: Connection reset by peer. This is typically ..."
+    return re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].partition("\n")[0]
 
 
 def _stat(pid: int) -> tuple[str, int] | None:

@@ -38,10 +38,13 @@ from megacode.train.profile import check_profile
 from megacode.train.stall import EXIT_STALLED, StallWatch
 from megacode.train.straggler import Stragglers
 from megacode.train.trackers import check_trackers, open_trackers
-from megacode.train.verdict import Seen, Verdict
+from megacode.train.verdict import Seen, Verdict, spans
 
 TELLING_SECONDS = 10.0
 """How long a verdict on a stall may take to be written once the run is known to have failed."""
+
+WORD_SECONDS = 3.0
+"""How long a rank waits for a better reason of a failure than its own broken connection."""
 
 
 def main(arguments: list[str]) -> int:
@@ -87,7 +90,7 @@ class Run:
         self.journal: Journal | None = None
         self.watch: PeerWatch | None = None
         self.trainer: Trainer | None = None
-        self.hosts: list[str] = []
+        self.peers: list[Peer] = []
         self.start = "before the ranks know each other"
         self.begun = False
         """Whether status.json is this start's."""
@@ -142,7 +145,7 @@ class Run:
         peers: list[Any] = [None] * dist.get_world_size()
         with waiting("all-gather", "world"):
             dist.all_gather_object(peers, faults.this_process(mesh.rank), group=mesh.control_group)
-        self.hosts = [peer.host for peer in peers]
+        self.peers = peers
         self.start = f"{peers[0].host} {peers[0].pid} {peers[0].started}"
         self.watch = PeerWatch(peers, mesh.rank, self._is_in_vain, self._peers_are_gone)
         self.watch.start()
@@ -161,7 +164,7 @@ class Run:
         newest = ranks.broadcast(store.newest(self.folder))
         progress = start.load_weights(engine, config, mesh, newest, start.new_progress(config, stream))
         if mesh.rank == 0:
-            step, hosts = progress.step, self.hosts
+            step, hosts = progress.step, [peer.host for peer in self.peers]
             facts = metrics.start_facts(config, self.layout, device, hosts, step, newest, engine.backends)
             sources = describe_sources(config, stream)
             facts["data"] = {"packing": config.data.packing, "order": ORDER, "sources": sources}
@@ -226,11 +229,28 @@ class Run:
                 self._tell(text, message, event="out_of_memory")
             elif gone:  # what this rank came across follows from it
                 self._tell(f"{_names(gone)} ended ({type(error).__name__})", None, gone=gone)
+            elif (lost := faults.lost_connection(error)) and (others := self._elsewhere()):
+                self._tell_lost(others, lost)
             else:
                 self._tell(message, traceback.format_exc())
         finally:
             self.stall.clear()
             os._exit(1)
+
+    def _elsewhere(self) -> list[Peer]:
+        """The ranks of other machines."""
+        return [peer for peer in self.peers if peer.host != self.peers[self.place.rank].host]
+
+    def _tell_lost(self, others: list[Peer], lost: str) -> None:
+        """A connection to another machine broke. A rank there that lives has seen who ended, and says so."""
+        deadline = time.monotonic() + WORD_SECONDS
+        while not self._is_in_vain() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        hosts: dict[str, list[int]] = {}
+        for peer in others:
+            hosts.setdefault(peer.host, []).append(peer.rank)
+        names = " or ".join(f"host {host} ({spans(ranks)})" for host, ranks in hosts.items())
+        self._tell(f"{names} is gone, or the network to it ({lost})", None, gone=others)
 
     def _claim_stall(self, verdict: Verdict) -> int:
         """Called in a thread of one rank: no rank goes on. The exit code of all: another than that of a stall where the

@@ -25,10 +25,15 @@ def write_functions(path: Path) -> Path:
     """The functions of some modules: short documents, that lie uncut in a sequence and become infilling documents."""
     with path.open("w", encoding="utf-8") as file:
         for module in (ast, dataclasses, inspect, textwrap, typing):
-            source = Path(module.__file__).read_text(encoding="utf-8")
+            source = Path(module.__file__).read_bytes()
+            lines = source.splitlines(keepends=True)
             for node in ast.walk(ast.parse(source)):
-                text = ast.get_source_segment(source, node) if isinstance(node, ast.FunctionDef) else None
-                if text is not None and len(text) < 120:
+                if not isinstance(node, ast.FunctionDef):
+                    continue
+                # What ast.get_source_segment gives, which splits the whole source for each.
+                own = [*lines[node.lineno - 1 : node.end_lineno - 1], lines[node.end_lineno - 1][: node.end_col_offset]]
+                text = b"".join([own[0][node.col_offset :], *own[1:]]).decode()
+                if len(text) < 120:
                     file.write(json.dumps({"text": text}) + "\n")
     return path
 

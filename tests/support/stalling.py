@@ -1,7 +1,6 @@
 """Ranks of a run that are forked from a process with the libraries imported, one of which stops at a definite place."""
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import socket
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.world import ENVIRONMENT
+from support.forking import forking
 
 
 @dataclass
@@ -40,28 +39,18 @@ def run_ranks(
         timeout_seconds: after which all are killed.
         own: rank -> more overrides.
     """
-    context = multiprocessing.get_context("forkserver")
-    # DeepSpeed's engine imports this one when it is made, and with it torch's compiler: seconds in which a rank stands.
-    muon = "deepspeed.runtime.zero.muon.muon_optimizer"
-    context.set_forkserver_preload(["megacode.train.main", "torch._dynamo", muon, "support.stalling"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = recipe.parent / f"output_{port}.txt"
-    before = dict(os.environ)
-    os.environ.update(ENVIRONMENT, CUDA_VISIBLE_DEVICES="")  # for the server that forks
-    try:
-        processes = {}
-        for rank in sorted(set(range(world_size)) - set(absent)):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-            environment = {name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()}
-            arguments = [str(recipe), *overrides, *(own or {}).get(rank, ())]
-            mine = trap if rank == trapped else None
-            processes[rank] = context.Process(target=_rank, args=(environment, arguments, str(log), mine))
-            processes[rank].start()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    processes = {}
+    for rank in sorted(set(range(world_size)) - set(absent)):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        environment = {name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()}
+        arguments = [str(recipe), *overrides, *(own or {}).get(rank, ())]
+        mine = trap if rank == trapped else None
+        processes[rank] = forking().Process(target=_rank, args=(environment, arguments, str(log), mine))
+        processes[rank].start()
     began = time.monotonic()
     codes: list[int | None] = [None] * world_size
     for rank, process in processes.items():

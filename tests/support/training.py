@@ -173,6 +173,7 @@ def _mesh(build: Any, *sizes: int) -> Any:
 
 def parallel(
     config: Recipe, steps: int, without: tuple[str, ...] = (), load: Path | None = None, save: Path | None = None,
+    validated: bool = True,
 ) -> list[Any]:  # fmt: skip
     """A rank's part of the training in the recipe's layout; `without` names cures to leave out, see WITHOUT.
 
@@ -216,7 +217,7 @@ def parallel(
             outcome.losses.append(float(loss.sum() / (labels != IGNORE).sum() / mesh.tensor))
             outcome.gathers.append(max(counts.values(), default=0))
         outcome.weights = {name: engine.read(name).clone() for name in engine.parameters}
-        outcome.validation = validation(config, engine, mesh)
+        outcome.validation = validation(config, engine, mesh) if validated else None
         outcome.padding = max(padding(engine, name) for name in engine.parameters)
         parts = {name: part_of(parameter) for name, parameter in engine.parameters.items()}
         if save is not None:

@@ -1,8 +1,7 @@
-"""A warm group of gloo processes that runs case after case: importing torch and deepspeed costs seconds."""
+"""A warm group of gloo processes that runs case after case."""
 
 import faulthandler
 import importlib
-import multiprocessing
 import os
 import socket
 import time
@@ -10,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
+from support.forking import ENVIRONMENT, forking
 
 
 class CaseError(AssertionError):
@@ -25,7 +24,7 @@ class World:
         self.workers: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forking()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from megacode.train.faults import FILES, SIGNALS, PeerWatch, Requests, this_process
+from megacode.train.faults import FILES, SIGNALS, Peer, PeerWatch, Requests, lost_connection, this_process
 from megacode.train.launch import Place
 from megacode.train.main import Run
 from megacode.train.metrics import begin_status, fail_status, has_failed, read_outcome, write_status
@@ -185,6 +185,41 @@ def test_only_the_first_rank_that_fails_says_why(tmp_path):
     begin_status(tmp_path)
     assert not has_failed(tmp_path, "this start")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["status.json"]
+
+
+GLOO = (
+    "[/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]:434: Connection reset by peer. This is typically caused "
+    "by a remote worker hanging or bugs in the application."
+)
+
+
+def test_a_lost_connection_is_told_from_other_errors():
+    assert lost_connection(RuntimeError(GLOO)) == "Read error [10.0.0.2]:434: Connection reset by peer"
+    nccl = "NCCL error in: x.cpp:1, remote process exited or there was a network error\nncclRemoteError: A call failed"
+    assert lost_connection(RuntimeError(nccl)).startswith("NCCL error in: x.cpp:1, remote process exited")
+    assert lost_connection(RuntimeError("shapes differ")) is None
+    assert lost_connection(OSError("Connection reset by peer")) is None
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_host_that_is_gone_is_named_unless_one_of_its_ranks_says_why(tmp_path, monkeypatch, capsys, known):
+    monkeypatch.setattr("megacode.train.main.WORD_SECONDS", 0.2)
+    run = Run.__new__(Run)
+    run.folder, run.place, run.journal, run.start = tmp_path, Place(0, 0, 4, 2), None, "x"
+    run._telling, run.trainer = threading.Lock(), None
+    run.peers = [Peer(rank, "ab"[rank // 2], rank, 0) for rank in range(4)]
+    if known:
+        fail_status(tmp_path, 3, "rank 3 ended", None, "x")
+    run._tell_lost(run._elsewhere(), lost_connection(RuntimeError(GLOO)))
+    status = json.loads((tmp_path / "status.json").read_text())
+    if known:
+        assert (status["rank"], status["message"]) == (3, "rank 3 ended")
+        assert capsys.readouterr().err == "rank 0 ends, since another rank failed\n"
+    else:
+        reason = "Read error [10.0.0.2]:434: Connection reset by peer"
+        message = f"host b (ranks 2-3) is gone, or the network to it ({reason})"
+        assert (status["rank"], status["message"]) == (2, message)
+        assert capsys.readouterr().err == f"rank 0 failed: {message}\n"
 
 
 @pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("stopped", 75), ("running", 76)])
