@@ -31,6 +31,7 @@ ALLOWED = {
         *("errors", "recipe", "plan", "kernels", "model", "data", "parallel", "engine", "checkpoint", "train"),
         "doctor",
     },
+    "submit": {"errors", "recipe", "submit"},
     "tools.output": {"errors"},
     "tools.bench": {
         *("errors", "recipe", "plan", "kernels", "model", "data", "parallel", "engine", "checkpoint", "train"),
@@ -38,7 +39,7 @@ ALLOWED = {
         "tools.bench",
     },
     "tools": {
-        *("errors", "recipe", "plan", "kernels", "model", "data", "checkpoint", "doctor", "tools"),
+        *("errors", "recipe", "plan", "kernels", "model", "data", "checkpoint", "doctor", "submit", "tools"),
         *("parallel.stages", "parallel.schedule", "parallel.timeline"),
     },
     "cli": {"errors", "tools"},
@@ -46,7 +47,7 @@ ALLOWED = {
 """Part -> the parts it may import. The most specific entry counts, for the importer and for what it imports."""
 
 PURE = (
-    *("errors", "recipe", "plan", "model.presets", "data", "cli", "engine.config"),
+    *("errors", "recipe", "plan", "model.presets", "data", "cli", "engine.config", "submit"),
     *("parallel.stages", "parallel.schedule", "parallel.timeline"),
 )
 """These import neither torch nor deepspeed, so that planning, preparing and --help are quick; nor do tools."""
