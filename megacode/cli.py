@@ -5,7 +5,20 @@ import sys
 import typer
 
 from megacode.errors import UserError
-from megacode.tools import convert, data, demo, doctor, generate, plan, prepare, report, schedule, tokenizer, verify
+from megacode.tools import (
+    convert,
+    data,
+    demo,
+    doctor,
+    generate,
+    plan,
+    prepare,
+    report,
+    schedule,
+    submit,
+    tokenizer,
+    verify,
+)
 
 app = typer.Typer(
     help="megacode: train code language models of the Code Llama family.",
@@ -20,6 +33,7 @@ app.add_typer(data.app, name="data")
 app.command()(generate.generate)
 app.command()(plan.plan)
 app.command()(schedule.schedule)
+app.command()(submit.submit)
 app.command()(demo.demo)
 app.command()(verify.verify)
 app.command()(report.report)

@@ -68,6 +68,11 @@ class Requests:
         for each in SIGNALS:
             signal.signal(each, note)
 
+    def rest(self) -> None:
+        """The run is over. SLURM's warnings come again and again, and must not kill the interpreter while it ends."""
+        for each in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(each, signal.SIG_IGN)
+
     def noted(self, step: int) -> torch.Tensor:
         """[files + signals] what this rank has noted for the end of a step: 1 or 0, on the host."""
         if self.looks and time.monotonic() >= self._next_look:

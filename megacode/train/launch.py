@@ -1,6 +1,10 @@
 """Who this process is among those that a launcher started, and the device and process group that follow from it."""
 
+import fcntl
 import os
+import socket
+import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -8,6 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megacode.errors import UserError
+
+_SIOCGIFADDR = 0x8915
+"""Linux: the address of an interface."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +41,14 @@ def find_place(local_rank: int | None = None) -> Place:
     if "RANK" not in os.environ and tasks > 1:
         if "MASTER_ADDR" not in os.environ:
             raise UserError(
-                "srun started several tasks and MASTER_ADDR is not set; in the sbatch script: "
+                "srun started several tasks and MASTER_ADDR is not set; use megacode submit, or in your own script: "
                 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
             )
         os.environ |= {
             "RANK": os.environ["SLURM_PROCID"],
             "LOCAL_RANK": os.environ["SLURM_LOCALID"],
             "WORLD_SIZE": str(tasks),
-            "LOCAL_WORLD_SIZE": os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split("(")[0].split(",")[0],
+            "LOCAL_WORLD_SIZE": str(_tasks_here(tasks)),
         }
     for name, value in {"RANK": "0", "LOCAL_RANK": str(local_rank or 0), "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(name, value)
@@ -53,6 +60,17 @@ def find_place(local_rank: int | None = None) -> Place:
     return Place(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size, local_size)
 
 
+def _tasks_here(tasks: int) -> int:
+    """Tasks of this srun step on this node. SLURM writes those of all its nodes as "2(x3),1": three nodes with two, one
+    with one.
+    """
+    counts: list[int] = []
+    for group in os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split(","):
+        count, _, times = group.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[int(os.environ.get("SLURM_NODEID", "0"))]
+
+
 def find_device(place: Place) -> torch.device:
     """A GPU for each process, or the CPU where there is none or DS_ACCELERATOR=cpu, which DeepSpeed obeys, asks for it.
 
@@ -62,11 +80,38 @@ def find_device(place: Place) -> torch.device:
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if place.local_rank >= torch.cuda.device_count():
+        if "SLURM_GPUS_PER_TASK" in os.environ and torch.cuda.device_count() == 1:
+            raise UserError(
+                "srun gave each task one GPU that the others do not see (--gpus-per-task); ask for --gpus-per-node, so "
+                "that all tasks of a node see all of its GPUs, as NCCL wants it"
+            )
         raise UserError(
             f"{place.local_size} processes were started here and there are {torch.cuda.device_count()} GPUs; start as "
             f"many processes, or set DS_ACCELERATOR=cpu"
         )
     return torch.device("cuda", place.local_rank)
+
+
+def find_interface(address: str) -> str | None:
+    """The network interface that leads to an address (IPv4); None where it can't be told.
+
+    A name that stands for the loopback address on its own machine only (Debian's 127.0.1.1) tells nothing: other
+    machines see it behind another interface.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing: the kernel chooses a route
+            own = probe.getsockname()[0]
+            if own.startswith("127."):
+                return "lo" if address == "localhost" or address.startswith("127.") else None
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # it has no address
+                    reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                    if socket.inet_ntoa(reply[20:24]) == own:
+                        return name
+    except OSError:
+        pass
+    return None
 
 
 def start_process_group(place: Place, device: torch.device, timeout_seconds: float) -> None:
@@ -75,9 +120,9 @@ def start_process_group(place: Place, device: torch.device, timeout_seconds: flo
     Raises:
         UserError: rank 0, which the others are to meet at MASTER_PORT, finds it taken.
     """
-    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
-        # gloo guesses an interface from the host's name, and at random waits for ever on a host with odd ones.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # gloo guesses an interface from the host's name, and at random waits for ever on a host with odd ones.
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := find_interface(os.environ["MASTER_ADDR"])) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
     timeout = timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -131,6 +131,7 @@ class Run:
                 dist.barrier(group=mesh.control_group)
             doing("leaving the process group")
             dist.destroy_process_group()
+            self.requests.rest()
             self.stall.stop()
         except (Exception, KeyboardInterrupt) as error:
             self._fail(error)

@@ -32,6 +32,7 @@ ALLOWED = {
         *("errors", "importing", "recipe", "plan", "kernels", "model", "data"),
         *("parallel", "engine", "checkpoint", "train", "doctor"),
     },
+    "submit": {"errors", "recipe", "submit"},
     "tools.output": {"errors"},
     "tools.bench": {
         *("errors", "recipe", "plan", "kernels", "model", "data", "parallel", "engine", "checkpoint", "train"),
@@ -39,7 +40,7 @@ ALLOWED = {
         "tools.bench",
     },
     "tools": {
-        *("errors", "recipe", "plan", "kernels", "model", "data", "checkpoint", "doctor", "tools"),
+        *("errors", "recipe", "plan", "kernels", "model", "data", "checkpoint", "doctor", "submit", "tools"),
         *("parallel.stages", "parallel.schedule", "parallel.timeline"),
     },
     "cli": {"errors", "tools"},
@@ -47,7 +48,7 @@ ALLOWED = {
 """Part -> the parts it may import. The most specific entry counts, for the importer and for what it imports."""
 
 PURE = (
-    *("errors", "importing", "recipe", "plan", "model.presets", "data", "cli", "engine.config"),
+    *("errors", "importing", "recipe", "plan", "model.presets", "data", "cli", "engine.config", "submit"),
     *("parallel.stages", "parallel.schedule", "parallel.timeline"),
 )
 """These import neither torch nor deepspeed, so that planning, preparing and --help are quick; nor do tools."""

@@ -1,0 +1,156 @@
+"""What is sent to SLURM for a run: the command, a copy of recipe and script, and what is known of jobs sent before."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import megacode
+from megacode.errors import UserError
+from megacode.recipe import Recipe
+from megacode.submit.restarts import FOLDER
+
+ROOT = Path(megacode.__file__).resolve().parents[1]
+SCRIPT = ROOT / "launchers" / "slurm" / "train.sbatch"
+COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The places that a run asks for.
+
+    Attributes:
+        nodes: Machines.
+        tasks_per_node: Processes of a node.
+        gpus_per_node: GPUs of a node; 0 trains on CPUs.
+        launcher: srun or deepspeed.
+        signal_seconds: So long before the time limit the run is asked to save.
+        max_restarts: See `restarts.decide`.
+        options: More options of sbatch, KEY=VALUE or KEY; they win over all others.
+    """
+
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int
+    launcher: str
+    signal_seconds: int
+    max_restarts: int
+    options: Sequence[str]
+
+
+def sbatch_command(request: Request, run: Path, script: Path, recipe: Path) -> list[str]:
+    """The command that sends the job."""
+    variables = {
+        "MEGACODE_PYTHON": sys.executable,
+        "MEGACODE_LAUNCHER": request.launcher,
+        "MEGACODE_MAX_RESTARTS": request.max_restarts,
+    }
+    if request.gpus_per_node == 0:
+        variables["DS_ACCELERATOR"] = "cpu"
+    options: dict[str, Any] = {
+        "job-name": run.name,
+        "nodes": request.nodes,
+        "ntasks-per-node": request.tasks_per_node,
+        "signal": f"B:USR1@{request.signal_seconds}",
+        "output": run / FOLDER / "job_%j.txt",
+        "export": ",".join(["ALL", *(f"{name}={value}" for name, value in variables.items())]),
+    }
+    if request.gpus_per_node:
+        options["gpus-per-node"] = request.gpus_per_node
+    given = [f"--{key}={value}" for key, value in options.items()]
+    given += [f"--{option.lstrip('-')}" for option in request.options]
+    return ["sbatch", "--parsable", *given, str(script), str(recipe)]
+
+
+def check_commands() -> None:
+    """Raises: UserError where SLURM's commands are not on PATH."""
+    if absent := [command for command in COMMANDS if shutil.which(command) is None]:
+        raise UserError(f"megacode submit needs {', '.join(absent)} on PATH; call it where jobs can be sent")
+
+
+def check_free(run: Path) -> None:
+    """Refuse a run folder whose job waits or runs: two jobs would write the same files.
+
+    Raises:
+        UserError: names the job.
+    """
+    jobs = {line["job"] for line in _jobs(run)}
+    if not jobs:
+        return
+    queued = _call("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A %T").splitlines()
+    for job, state in (line.split() for line in queued):
+        if job in jobs:
+            raise UserError(
+                f"run: the job {job} of {run} is {state.lower()} still; wait for it, end it (scancel {job}), or name "
+                f"another `run` folder"
+            )
+
+
+def send(request: Request, recipe: Recipe, facts: Mapping[str, Any]) -> tuple[str, Path]:
+    """Copy recipe and script to RUN/slurm/TIME, and send the job. Returns: the job and that folder.
+
+    Args:
+        recipe: what will run.
+        facts: noted with the job in RUN/slurm/jobs.jsonl.
+
+    Raises:
+        UserError: SLURM refuses it, or the run folder can't be written.
+    """
+    run = Path(recipe.run).absolute()
+    folder = run / FOLDER / time.strftime("%Y%m%d-%H%M%S")
+    try:
+        folder.mkdir(parents=True)
+        shutil.copyfile(SCRIPT, folder / SCRIPT.name)
+        recipe.save(folder / "recipe.yaml")
+    except FileExistsError:
+        raise UserError(f"run: another job of {run} is being sent in this second; wait for it") from None
+    except OSError as error:
+        raise UserError(f"run: cannot write {folder}: {error.strerror}; mend that or name another folder") from None
+    command = sbatch_command(request, run, folder / SCRIPT.name, folder / "recipe.yaml")
+    try:
+        job = _call(*command).strip().split(";")[0]
+    except UserError:
+        shutil.rmtree(folder)
+        raise
+    line = {"job": job, "unix_time": time.time(), "folder": str(folder), "command": command, **facts}
+    with (run / FOLDER / "jobs.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return job, folder
+
+
+def code_version() -> dict[str, Any]:
+    """Which code would run: megacode's version, its git commit, and whether files differ from that (None: no git)."""
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    dirty = None if changes is None else bool(changes)
+    return {"version": megacode.__version__, "commit": commit, "dirty": dirty}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _jobs(run: Path) -> list[dict[str, Any]]:
+    file = run / FOLDER / "jobs.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def _call(*command: str) -> str:
+    """What a command of SLURM prints. Raises: UserError where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]} has not answered for a minute; try again") from None
+    if done.returncode:
+        raise UserError(f"{command[0]} refused: {' '.join(done.stderr.split())}")
+    return done.stdout

@@ -1,0 +1,130 @@
+"""`megacode submit` on a real cluster: what interrupts a run costs no step beyond its last save."""
+
+import json
+import os
+import signal
+
+import pytest
+import yaml
+from support.launching import metrics, status
+from support.submitting import Submitter, ending, write_small_recipe
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def submit(clusters, tmp_path_factory):
+    return Submitter(clusters(2, 2), write_small_recipe(tmp_path_factory.mktemp("submit"), STEPS))
+
+
+@pytest.fixture(scope="module")
+def straight(submit):
+    """The run without any interruption, by deepspeed's launcher on each node."""
+    with ending(submit(submit.recipe.parent / "straight", "--launcher", "deepspeed")) as job:
+        assert job.wait_for_end() == "COMPLETED", job.everything()
+    return job
+
+
+def figures(run):
+    keys = ("step", "tokens", "loss", "grad_norm", "learning_rate", "validation_loss")
+    return [{key: line.get(key) for key in keys} for line in metrics(run)]
+
+
+def test_a_run_that_finishes(straight):
+    run = straight.run
+    assert status(run)["outcome"] == "finished"
+    assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, STEPS + 1))
+    (line,) = (json.loads(line) for line in (run / "slurm" / "jobs.jsonl").read_text().splitlines())
+    assert line["job"] == straight.number
+    assert set(line["code"]) == {"version", "commit", "dirty"}
+    (folder,) = (path for path in (run / "slurm").iterdir() if path.is_dir())
+    assert str(folder) == line["folder"]
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["run"] == str(run)
+    assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "train.sbatch"]
+    logs = run / "logs" / f"job_{straight.number}_0"
+    assert (logs / "hostfile").read_text() == "n1 slots=1\nn2 slots=1\n"
+    (rank_0,) = logs.glob("*_rank0.log")
+    assert f"step {STEPS}/{STEPS}" in rank_0.read_text()
+    assert "starts at step 0" in straight.output
+    assert f"the run has finished at step {STEPS}" in straight.log()
+
+
+def test_a_run_that_much_interrupts_is_the_same_bit_for_bit(submit, straight):
+    """A request before the limit, a lost node, a preemption; then it finishes."""
+    cluster = submit.cluster
+    with ending(submit(submit.recipe.parent / "interrupted", "--partition", "low", "--time", "10")) as job:
+        second = submit.start(job.run)
+        assert second.returncode == 2
+        assert f"error: run: the job {job.number} of {job.run} is running still" in second.stderr
+        job.wait_for_step(2)
+        job.signal_batch()
+
+        job.wait_for_start(1)
+        (end,) = job.starts("end")
+        assert (end["again"], end["asked"]) == (True, True)
+        begin = job.starts("begin")[1]
+        assert begin["step"] == end["step"] >= 2, "no step is lost"
+        job.wait_for_step(2)
+        cluster.run("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
+        cluster.run("scontrol", "update", "NodeName=n2", "State=resume")
+
+        job.wait_for_start(2)
+        assert job.starts("begin")[2]["step"] >= begin["step"]
+        job.wait_for_step(2)
+        other = cluster.run("sbatch", "--parsable", "-N2", "--exclusive", "-o", "/dev/null", "--wrap=sleep 1").strip()
+        job.wait(lambda: len(job.starts("end")) > 1 and job.starts("end")[-1]["restarts"] == 2)
+        end = job.starts("end")[-1]
+        assert (end["again"], end["asked"]) == (True, True)
+        job.wait(lambda: other not in cluster.queued())
+
+        job.wait_for_start(3)
+        assert job.starts("begin")[3]["step"] == end["step"], "no step is lost"
+        assert job.wait_for_end() == "COMPLETED", job.everything()
+    assert status(job.run)["outcome"] == "finished"
+    assert figures(job.run) == figures(straight.run)
+    logs = sorted(path.name for path in (job.run / "logs").iterdir())
+    assert logs == [f"job_{job.number}_{number}" for number in range(4)]
+
+
+def test_the_time_limit_and_the_limit_on_restarts(submit):
+    run = submit.recipe.parent / "limited"
+    options = ["schedule.steps=1000000", "parallel.pipeline=2", "--max-restarts", "1"]
+    with ending(submit(run, "--time", "1", "--signal-seconds", "60", *options)) as job:
+        job.wait(lambda: len(job.starts("end")) == 1)
+        (end,) = job.starts("end")
+        assert (end["again"], end["asked"]) == (True, True)
+        assert end["step"] > 0
+        job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
+        job.wait_for_start(1)
+        assert job.starts("begin")[1]["step"] == end["step"]
+        job.wait_for_step(1)
+        job.signal_batch()
+        assert job.wait_for_end() == "FAILED"
+        assert "not started again: it was 1 times already" in job.log()
+    saved = job.starts("end")[1]["step"]
+    assert saved > end["step"]
+
+    # Half the nodes: the recipe's two stages do not fit, one does.
+    with ending(submit(run, *options, nodes=1)) as job:
+        assert "changed: parallel.pipeline 2 -> 1" in job.output
+        assert f"goes on from step {saved}" in job.output
+        job.wait_for_step(2)
+        job.cluster.run("scancel", job.number)
+        assert job.wait_for_end() == "CANCELLED"
+    assert json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["step"] == saved
+    assert len(job.starts("begin")) == 1
+    print(job.everything())
+
+
+def test_a_stall_is_told_and_no_start_follows_that_would_gain_nothing(submit):
+    run = submit.recipe.parent / "stalled"
+    with ending(submit(run, "schedule.steps=1000000", "faults.stall_seconds=12")) as job:
+        job.wait_for_step(2)
+        os.kill(status(run)["pid"], signal.SIGSTOP)  # rank 0
+        assert job.wait_for_end() == "FAILED"
+    message = status(run)["message"]
+    assert "rank 0 (host " in message
+    assert message.endswith("; rank 1 waits for it")
+    assert f"the run failed ({message}); not started again: no step was gained since step 0" in job.log()
+    assert len(list((run / "stacks").iterdir())) == 2
+    assert "who " in (run / "logs" / f"job_{job.number}_0" / "rank_00001.txt").read_text()
