@@ -287,9 +287,19 @@ class ScheduleSection(Section):
 class CheckpointSection(Section):
     every_steps: int = Field(default=1000, gt=0)
     """A checkpoint after every so many steps, and one at the end."""
+    keep_last: int | None = Field(default=None, gt=0)
+    """Keep so many of the newest and remove older ones when a new one stands; left out, all are kept."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Beside keep_last: those of the multiples of this step are kept, too."""
     start_from: str | None = None
     """A new stage: a checkpoint folder, of a run or converted, whose weights a new run starts from. Optimizer, schedule
     and data begin anew; model.rope_theta, model.max_positions and the sequence length may be others."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CheckpointSection":
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError("keep_every needs keep_last, which removes the others; without it all are kept")
+        return self
 
 
 class LoggingSection(Section):

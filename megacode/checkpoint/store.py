@@ -2,13 +2,16 @@
 
 A folder step_00000100/ holds manifest.json, recipe.yaml, tokenizer.model, and for each rank that keeps something
 weights_RANK.safetensors (fp32) and optimizer_RANK.safetensors (Adam's moments). Parameter i of a stage is kept by data
-rank i mod data ranks: device memory of one parameter and its moments, host memory of the rank's share.
+rank i mod data ranks. A save has three parts: `begin` (a folder *.partial), `Share.copy` and `Share.write` (each rank's
+own: to host memory, and from there to files) and `finish` (the manifest, and the folder's name). `save` is all of them
+in a row; a run copies, trains on, and writes meanwhile.
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +19,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megacode.checkpoint.keep import PARTIAL
+from megacode.checkpoint.keep import newest as newest
 from megacode.checkpoint.reader import FORMAT, OPTIMIZER, STATES, Progress, global_order
 from megacode.checkpoint.tensorfile import TensorFile
+from megacode.data.durable import sync
+from megacode.errors import UserError, explain
 from megacode.model.layers import Slice
 from megacode.recipe import Recipe
 
-Read = Callable[[str, str], Tensor]
-"""(global name, "weight" or a state) -> this tensor rank's part without padding, fp32; collective over data ranks."""
+KEYS = ("weight", *STATES)
+LATEST = "latest"
+"""A file of RUN/checkpoints with the name of the newest one, for scripts and other tools; nothing here goes by it. It
+is a file and not a link since some file systems have no links."""
+
+Gather = Callable[[Sequence[tuple[str, str, int, Tensor | None]]], None]
+"""Copies tensors to host memory; collective over the data ranks. Of each: global name, "weight" or a state, the data
+rank that keeps it, and there an fp32 tensor to fill, of the shape of this tensor rank's part without padding; None
+elsewhere."""
 
 
 @dataclass(frozen=True)
 class Writer:
-    """What `save` must know of a rank: who it is among those that hold the same, and how ranks talk."""
+    """What a save must know of a rank: who it is among those that hold the same, and how ranks talk."""
 
     rank: int
     zero_rank: int
@@ -39,89 +53,193 @@ class Writer:
     """Rank 0's object, on every rank."""
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a rank has written."""
+
+    rank: int
+    files: dict[str, Any]
+    """Name -> bytes, sha256."""
+    tensors: dict[str, Any]
+    """Name -> shape, dim, start, stop."""
+    problem: str | None
+    """Why it could not be written."""
+
+
+class StoppedError(Exception):
+    """Writing was told to stop."""
+
+
 def step_folder(run: Path, step: int) -> Path:
     """Where a run keeps the checkpoint of a step."""
     return run / "checkpoints" / f"step_{step:08d}"
 
 
-def newest(run: Path) -> Path | None:
-    """The newest finished checkpoint of a run; one still being written has another name."""
-    folders = sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
-    return folders[-1] if folders else None
-
-
-def save(folder: Path, recipe: Recipe, progress: Progress, parts: dict[str, Slice], read: Read, writer: Writer) -> None:
-    """Write a checkpoint; every rank calls it. The folder appears, whole, only when every rank has written its share.
+def save(
+    folder: Path, recipe: Recipe, progress: Progress, parts: dict[str, Slice], gather: Gather, writer: Writer
+) -> None:
+    """Write a checkpoint and wait for it; every rank calls it. The folder appears, whole, when all ranks have written.
 
     Args:
         folder: the checkpoint's folder; it must not exist.
         recipe: saved beside the weights, with a copy of its tokenizer.
         progress: where the run stands.
         parts: this rank's parameters by global name, in the order in which all ranks of the stage hold them.
-        read: gives a part.
+        gather: copies tensors to the host.
         writer: this rank's place.
 
     Raises:
-        OSError: a rank could not write; raised on every rank, and what was written keeps the name *.partial.
+        UserError: a rank could not write; raised on every rank, and nothing is left of it.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    share = Share(parts, writer)
+    begin(folder, writer)
+    share.copy(gather)
+    finish(folder, recipe, progress, share.write(folder), writer)
 
-    def begin() -> None:
+
+class Share:
+    """What this rank keeps of checkpoints, in host memory that stays from one save to the next.
+
+    Args:
+        parts: this rank's parameters by global name, in the order in which all ranks of the stage hold them.
+        writer: this rank's place.
+        pinned: have the memory pinned, for a GPU to copy to.
+
+    Attributes:
+        num_bytes: of that memory.
+    """
+
+    def __init__(self, parts: dict[str, Slice], writer: Writer, pinned: bool = False) -> None:
+        self.rank = writer.rank
+        keepers = {name: number % writer.zero_size for number, name in enumerate(parts)}
+        # What is split over tensor ranks each of them keeps its part of; of the rest the first keeps the whole.
+        kept = {name: part for name, part in parts.items() if part.dim is not None or writer.tensor_rank == 0}
+        mine = {name: part for name, part in kept.items() if keepers[name] == writer.zero_rank}
+        self.tensors = {
+            name: {"shape": list(part.shape), "dim": part.dim, "start": part.start, "stop": part.stop}
+            for name, part in mine.items()
+        }
+        shapes = {name: tuple(part.take(torch.empty(part.shape, device="meta")).shape) for name, part in mine.items()}
+        memory = torch.empty(sum(len(KEYS) * math.prod(shape) for shape in shapes.values()))
+        self.num_bytes = memory.nbytes
+        if pinned and self.num_bytes:
+            # Not pin_memory, which takes powers of two: up to twice the memory.
+            error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+            torch.cuda.check_error(int(error))
+        pieces = memory.split([math.prod(shape) for shape in shapes.values() for _ in KEYS])
+        places = [(name, key) for name in shapes for key in KEYS]
+        self._values = {place: piece.view(shapes[place[0]]) for place, piece in zip(places, pieces, strict=True)}
+        self._pieces = [(name, key, keepers[name], self._values.get((name, key))) for name in kept for key in KEYS]
+
+    def copy(self, gather: Gather) -> None:
+        """Copy this moment's values to the host. Collective; what was there must have been written."""
+        gather(self._pieces)
+
+    def write(self, folder: Path, stop: Callable[[], bool] = lambda: False) -> Report:
+        """Write the files, and have them on the disk. No collective and no device: a thread may do it.
+
+        Args:
+            folder: the checkpoint's; `begin` has made the one that is written to.
+            stop: asked before each tensor.
+
+        Raises:
+            StoppedError: `stop` said so.
+        """
+        partial, files = _partial(folder), {}
+        path, problem = partial, None
+        try:
+            for kind, keys in (("weights", ("weight",)), ("optimizer", STATES)):
+                path = partial / f"{kind}_{self.rank:05d}.safetensors"
+                tensors = {
+                    (name if key == "weight" else f"{name}.{key}"): self._values[name, key]
+                    for name in self.tensors
+                    for key in keys
+                }
+                if tensors:
+                    files[path.name] = _write_file(path, tensors, stop)
+        except OSError as error:
+            problem = explain(error, path)
+        return Report(self.rank, files, self.tensors, problem)
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor], stop: Callable[[], bool]) -> dict[str, Any]:
+    with TensorFile(path, {name: (each.dtype, tuple(each.shape)) for name, each in tensors.items()}) as file:
+        for name, tensor in tensors.items():
+            if stop():
+                raise StoppedError
+            file.write(name, tensor)
+    return {"bytes": file.num_bytes, "sha256": file.sha256}
+
+
+def begin(folder: Path, writer: Writer, must_hold: Path | None = None) -> None:
+    """Make the folder that a checkpoint is written to, in place of what a killed run left there. Collective.
+
+    Args:
+        folder: the checkpoint's.
+        writer: this rank's place.
+        must_hold: a file that must be there: where a disk was unmounted, its folder may lie on another one.
+
+    Raises:
+        UserError: it can't be made; raised on every rank.
+    """
+    partial = _partial(folder)
+
+    def make() -> None:
+        if must_hold is not None:
+            must_hold.stat()
         if partial.exists():
             shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        partial.parent.mkdir(exist_ok=True)  # but not the run folder: what is gone must not come up on another disk
+        partial.mkdir()
 
-    _agree(writer, _try(begin) if writer.rank == 0 else None)
-    reports = writer.gather(_write_share(partial, parts, read, writer))
+    _agree(writer, folder, _try(make, partial) if writer.rank == 0 else None)
+
+
+def finish(
+    folder: Path, recipe: Recipe, progress: Progress, report: Report | None, writer: Writer,
+    stands: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Complete a checkpoint that all ranks have written their shares of, and give it its name. Collective.
+
+    Args:
+        report: this rank's; None where it was told to stop.
+
+    Raises:
+        UserError: a rank could not write; raised on every rank, and nothing is left of it.
+    """
+    reports = writer.gather(report)
     problem = None
     if reports is not None:
-        problem = next((report["problem"] for report in reports if report["problem"]), None)
-        problem = problem or _try(lambda: _finish(partial, folder, recipe, progress, reports))
-    _agree(writer, problem)
+        problem = next((each.problem for each in reports if each is not None and each.problem), None)
+        problem = problem or _try(lambda: _complete(folder, recipe, progress, reports), folder)
+        if problem is not None:
+            shutil.rmtree(_partial(folder), ignore_errors=True)  # a full disk has room for the reason then
+    _agree(writer, folder, problem)
 
 
-def _agree(writer: Writer, problem: str | None) -> None:
+def _agree(writer: Writer, folder: Path, problem: str | None) -> None:
     """Rank 0's problem, if any, is raised on every rank."""
+    if problem is not None:
+        last = newest(folder.parent.parent)
+        left = f"{last} is the run's last good one" if last else "the run has none yet"
+        problem = f"the checkpoint {folder} could not be written: {problem}, then start again; {left}"
     problem = writer.broadcast(problem)
     if problem is not None:
-        raise OSError(f"the checkpoint could not be written: {problem}")
+        raise UserError(problem)
 
 
-def _write_share(partial: Path, parts: dict[str, Slice], read: Read, writer: Writer) -> dict[str, Any]:
-    weights: dict[str, Tensor] = {}
-    states: dict[str, Tensor] = {}
-    tensors: dict[str, Any] = {}
-    for number, (name, part) in enumerate(parts.items()):
-        values = {key: read(name, key) for key in ("weight", *STATES)}
-        mine = number % writer.zero_size == writer.zero_rank and (part.dim is not None or writer.tensor_rank == 0)
-        if not mine:
-            continue
-        weights[name] = values["weight"].cpu().contiguous()
-        states |= {f"{name}.{key}": values[key].cpu().contiguous() for key in STATES}
-        tensors[name] = {"shape": list(part.shape), "dim": part.dim, "start": part.start, "stop": part.stop}
-    files: dict[str, Any] = {}
-
-    def write() -> None:
-        for kind, content in (("weights", weights), ("optimizer", states)):
-            if content:
-                path = partial / f"{kind}_{writer.rank:05d}.safetensors"
-                declared = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in content.items()}
-                with TensorFile(path, declared) as file:
-                    for name, tensor in content.items():
-                        file.write(name, tensor)
-                files[path.name] = {"bytes": file.num_bytes, "sha256": file.sha256}
-
-    return {"problem": _try(write), "rank": writer.rank, "files": files, "tensors": tensors}
-
-
-def _finish(partial: Path, folder: Path, recipe: Recipe, progress: Progress, reports: list[dict[str, Any]]) -> None:
+def _complete(folder: Path, recipe: Recipe, progress: Progress, reports: list[Report]) -> None:
+    partial = _partial(folder)
     tensors: dict[str, Any] = {}
     files: dict[str, Any] = {}
     for report in reports:
-        files |= report["files"]
-        for name, entry in report["tensors"].items():
+        files |= report.files
+        for name, entry in report.tensors.items():
             whole = tensors.setdefault(name, {"shape": entry["shape"], "dim": entry["dim"], "slices": []})
-            whole["slices"].append({"rank": report["rank"], "start": entry["start"], "stop": entry["stop"]})
+            whole["slices"].append({"rank": report.rank, "start": entry["start"], "stop": entry["stop"]})
+    for name, entry in files.items():
+        if (size := (partial / name).stat().st_size) != entry["bytes"]:
+            raise OSError(f"{partial / name} has {size} bytes where {entry['bytes']} were written")
     manifest = {
         "format": FORMAT,
         "progress": asdict(progress),
@@ -136,20 +254,28 @@ def _finish(partial: Path, folder: Path, recipe: Recipe, progress: Progress, rep
     recipe.save(partial / "recipe.yaml")
     shutil.copyfile(recipe.tokenizer.path, partial / "tokenizer.model")
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(partial / "manifest.json")
+    sync(*(partial / name for name in ("recipe.yaml", "tokenizer.model", "manifest.json")), partial)
     os.replace(partial, folder)
+    sync(folder.parent)
+    _point_to(folder)
 
 
-def _sync(path: Path) -> None:
-    """Have the file on the disk, not only in memory, before the folder gets its name."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _point_to(folder: Path) -> None:
+    temporary = folder.with_name(f".{LATEST}.tmp")
+    temporary.write_text(folder.name + "\n", encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, folder.with_name(LATEST))
+    sync(folder.parent)
 
 
-def _try(action: Callable[[], None]) -> str | None:
-    """The message of an OSError, or None."""
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + PARTIAL)
+
+
+def _try(action: Callable[[], None], path: Path) -> str | None:
+    """What an OSError says, with the mend, or None."""
     try:
         action()
     except OSError as error:
-        return f"{type(error).__name__}: {error}"
+        return explain(error, path)
     return None

@@ -21,7 +21,9 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_get_local_grad,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -381,6 +383,31 @@ def read(parameter: nn.Parameter, key: str = "weight") -> Tensor:
     if key == "weight":
         return safe_get_full_fp32_param(parameter)
     return safe_get_full_optimizer_state(parameter, key)
+
+
+def local_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape that this rank's tensor has, padding included, also while ZeRO-3 has it sharded."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def share(parameter: Any, key: str = "weight") -> tuple[int, Tensor]:
+    """This data rank's share of a parameter's fp32 values, or of an Adam state.
+
+    Returns:
+        Where it begins in the flattened local parameter, and the share [n], without the last one's padding: DeepSpeed's
+        own memory, to be read only, or where it is offloaded a copy on the device. n is 0 where this rank has none.
+    """
+    if hasattr(parameter, "ds_id"):
+        mine = (
+            safe_get_local_fp32_param(parameter) if key == "weight" else safe_get_local_optimizer_state(parameter, key)
+        )
+        start = mine.numel() * parameter.ds_process_group.rank()
+        return start, mine.detach()[: max(0, parameter.ds_numel - start)]
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, torch.empty(0, device=parameter.device)
+    mine = mapping.get_hp_fragment(None if key == "weight" else key)
+    return mapping.lp_fragment_address.start, mine.detach().to(parameter.device)
 
 
 def read_gradient(parameter: nn.Parameter) -> Tensor:

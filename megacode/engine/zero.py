@@ -6,17 +6,18 @@ needs is in `private`, one function a cure.
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megacode.engine import private
 from megacode.engine.config import deepspeed_config
+from megacode.engine.gather import Gatherer, Piece
 from megacode.engine.optimizer import OPERATION, choose, make
 from megacode.importing import uncollected
 from megacode.model.layers import part_of
@@ -32,6 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 check_version = private.check_version
+local_shape = private.local_shape
 
 
 def check_config(recipe: Recipe, device: torch.device) -> None:
@@ -96,6 +98,7 @@ class ZeroEngine:
         self._partial = [p for p in self.parameters.values() if parallel.sequence and part_of(p).dim is None]
         self._tensor_group = mesh.tensor_group
         split = mesh.tensor if parallel.sequence else 1
+        self._gatherer = Gatherer(self.parameters, mesh, device)
         self.pipeline = Pipeline(mesh, layout.virtual_stages, recipe.model.hidden, dtype, device, num_groups, split)
 
     def train_step(self, batches: list[MicroBatch], loss_scale: Tensor | float) -> Tensor:
@@ -204,10 +207,9 @@ class ZeroEngine:
         value = private.read_gradient(parameter) if key == "gradient" else private.read(parameter, key)
         return part_of(parameter).strip(value)
 
-
-def local_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape that this rank's tensor has, padding included, also while ZeRO-3 has it sharded."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+    def gather(self, pieces: Sequence[Piece]) -> None:
+        """Copy parameters and Adam states, each to the one data rank that keeps it; see `Gatherer.gather`."""
+        self._gatherer.gather(pieces)
 
 
 @contextmanager

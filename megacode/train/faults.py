@@ -56,6 +56,8 @@ class Requests:
         self._next_look = 0.0
         self._due: list[float] = [math.inf] * len(FILES)
         self._told: set[tuple[str, str]] = set()
+        self._taken: set[str] = set()
+        """Files that are being obeyed: they do not ask again."""
 
     def listen(self) -> None:
         """Take note of signals from now on; before, they end the process as ever, and so does a second Ctrl-C."""
@@ -78,7 +80,8 @@ class Requests:
         if self.looks and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK_SECONDS
             self._due = [self._due_step(name) for name in FILES]
-        self._seen[: len(FILES)] = [float(step >= due) for due in self._due]
+        due_steps = zip(FILES, self._due, strict=True)
+        self._seen[: len(FILES)] = [float(step >= due and name not in self._taken) for name, due in due_steps]
         return torch.tensor(self._seen)
 
     def agree(self, totals: Sequence[float]) -> Asked:
@@ -88,13 +91,17 @@ class Requests:
         stop = next((name for name, total in zip(names, totals, strict=True) if name and total > 0), None)
         return Asked(stop, save)
 
-    def done(self, asked: Asked) -> None:
+    def take(self, asked: Asked) -> None:
+        """What was asked is being done: the files that asked for it ask for no more until `done`."""
+        self._taken |= {name for name, taken in (("STOP", asked.stop is not None), ("SAVE", asked.save)) if taken}
+
+    def done(self) -> None:
         """Take away the files that asked for what has been done now."""
         if self.looks:
-            for name, answered in (("STOP", asked.stop is not None), ("SAVE", asked.save)):
-                if answered:
-                    (self.run / name).unlink(missing_ok=True)
+            for name in self._taken:
+                (self.run / name).unlink(missing_ok=True)
             self._next_look = 0.0
+        self._taken.clear()
 
     def _due_step(self, name: str) -> float:
         """The step at whose end a file asks for something: never where it is not there, at once where it is empty."""

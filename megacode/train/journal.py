@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megacode.errors import UserError, explain
 from megacode.train.console import Console
 
 CLOSE_SECONDS = 30.0
@@ -58,7 +59,7 @@ class Journal:
         """A line of metrics.jsonl; what is not finite becomes null.
 
         Raises:
-            OSError: an earlier line could not be written.
+            UserError: an earlier line could not be written.
         """
         self._put("metrics", {key: _finite(value) for key, value in values.items()})
 
@@ -75,7 +76,7 @@ class Journal:
         """Raise what went wrong in writing, if anything did.
 
         Raises:
-            OSError: a line could not be written.
+            UserError: a line could not be written, for want of room say.
         """
         if self._problem is not None:
             raise self._problem
@@ -90,7 +91,9 @@ class Journal:
             try:
                 self._files[kind].write(json.dumps(values, allow_nan=False) + "\n")
                 self._files[kind].flush()
-            except (OSError, ValueError, TypeError) as error:
+            except OSError as error:
+                self._problem = UserError(f"{explain(error, self.run / f'{kind}.jsonl')}, then start again")
+            except (ValueError, TypeError) as error:
                 self._problem = error
             self._show(kind, values)
             if kind == "metrics":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megacode.checkpoint import store
+from megacode.checkpoint.keep import newest
 from megacode.checkpoint.reader import Progress
 from megacode.data.stream import TrainStream, ValidationStream
 from megacode.engine.zero import ZeroEngine
@@ -36,6 +36,7 @@ from megacode.train.metrics import (
     write_status,
 )
 from megacode.train.profile import profiled
+from megacode.train.saver import NUM_FLAGS, Saver
 from megacode.train.schedule import learning_rate
 from megacode.train.start import writer
 
@@ -70,7 +71,11 @@ class Trainer:
         if self.progress.step < schedule.steps:
             doing("starting the data loader")
             with self.loader:
-                asked = self._steps()
+                try:
+                    asked = self._steps()
+                except FloatingPointError:  # on every rank: the last checkpoint is still worth having
+                    self.saver.wait(self.progress.step)
+                    raise
         return asked.stop if self.progress.step < schedule.steps else None
 
     @functools.cached_property
@@ -79,6 +84,15 @@ class Trainer:
         left = self.recipe.schedule.steps - self.progress.step
         first, size = self.progress.next_sample, self.recipe.batch.global_samples
         return load(self.recipe, self.mesh, self.stream, first, first + left * size, self.recipe.data.workers)
+
+    @functools.cached_property
+    def saver(self) -> Saver:
+        """Writes this run's checkpoints."""
+        parts = {name: part_of(parameter) for name, parameter in self.engine.parameters.items()}
+        return Saver(
+            self.recipe, parts, self.engine.gather, writer(self.mesh), self.journal, self.requests.done,
+            pinned=self.device.type == "cuda",
+        )  # fmt: skip
 
     def _steps(self) -> Asked:
         """All steps that are left, with what is due between them; what the ranks agreed on at the last one's end."""
@@ -92,9 +106,11 @@ class Trainer:
             last = step == schedule.steps
             if last or asked.stop is not None or asked.save or step % checkpoint.every_steps == 0:
                 self.save()
-                self.requests.done(asked)
+                self.requests.take(asked)
             if self.validation is not None and (last or step % logging.validate_every_steps == 0):
                 self.validate()
+        self.saver.wait(self.progress.step)
+        self.saver.close()
         return asked
 
     def finish(self, stopped: str | None) -> None:
@@ -103,8 +119,8 @@ class Trainer:
         memory = writer(self.mesh).gather(memory_bytes(self.device))
         if self.journal is not None:
             run, step = Path(self.recipe.run), self.progress.step
-            newest = store.newest(run)
-            facts = {"step": step, "checkpoint": newest and str(newest), "memory_bytes": memory}
+            last = newest(run)
+            facts = {"step": step, "checkpoint": last and str(last), "memory_bytes": memory}
             if stopped is None:
                 write_status(run, "finished", **facts)
             else:
@@ -126,8 +142,8 @@ class Trainer:
             batches, counts = self._batches(self.loader)
         num_valid = counts[:groups].sum().clamp(min=1)
         sums = self.engine.train_step(batches, self.mesh.zero_size / num_valid)
-        asked = to_device(self.requests.noted(self.progress.step + 1), self.device)
-        totals = torch.cat([sums / self.mesh.tensor, asked])
+        noted = torch.cat([self.requests.noted(self.progress.step + 1), self.saver.noted()])
+        totals = torch.cat([sums / self.mesh.tensor, to_device(noted, self.device)])
         with communicating("all-reduce", "world"):
             dist.all_reduce(totals)
         doing("optimizer")
@@ -147,6 +163,7 @@ class Trainer:
             adam_step=self.progress.adam_step + (0 if skip else 1),
             ledger=_add_labels(self.progress.ledger, self.stream.sources, label_counts),
         )
+        self.saver.agree(flags[-NUM_FLAGS:], self.progress.step)
         doing("logging")
         with measure("logging"):
             losses = split_losses(loss_sums, label_counts, self.stream.sources)
@@ -154,7 +171,7 @@ class Trainer:
             figures = {**losses, "grad_norm": norm_value, "learning_rate": rate, "skipped": bool(skip)}
             self._log(figures, time.monotonic() - started)
         self._judge(figures, first)
-        return self.requests.agree(flags)
+        return self.requests.agree(flags[:-NUM_FLAGS])
 
     def _log(self, figures: dict[str, Any], seconds: float) -> None:
         phases = self.recorder.take() if self.recorder else None
@@ -224,25 +241,17 @@ class Trainer:
             self.journal.metrics({"step": self.progress.step, **figures})
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
-        started = time.monotonic()
-        doing("writing a checkpoint", patient=True)
-        run, step = Path(self.recipe.run), self.progress.step
-        parts = {name: part_of(parameter) for name, parameter in self.engine.parameters.items()}
-        folder = store.step_folder(run, step)
+        """Take a checkpoint of this step; it is written while the run goes on.
+
+        Raises:
+            UserError: it, or the one before, can't be written.
+        """
         samples = self.stream.mixture.counts(self.progress.next_sample)
         ledger = {
             name: {"samples": count, **self.progress.ledger.get(name, {})}
             for name, count in zip(self.stream.sources, samples, strict=True)
         }
-        progress = dataclasses.replace(self.progress, ledger=ledger)
-        store.save(folder, self.recipe, progress, parts, self.engine.read, writer(self.mesh))
-        if self.journal is not None:
-            write_status(run, "running", step=step, checkpoint=str(folder))
-            size = sum(file.stat().st_size for file in folder.iterdir())
-            seconds = time.monotonic() - started
-            text = f"step {step}: checkpoint in {folder}"
-            self.journal.event("checkpoint", step, text, folder=str(folder), seconds=seconds, bytes=size)
+        self.saver.save(dataclasses.replace(self.progress, ledger=ledger))
 
     def _batches(self, loader: Loader) -> tuple[list[MicroBatch], torch.Tensor]:
         """This rank's micro-batches of the loader's next step, and counts of the whole step [groups + OUTCOMES]: labels

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from megacode import recipe
-from megacode.checkpoint import store
+from megacode.checkpoint import keep, store
 from megacode.data.stream import ORDER, TrainStream, ValidationStream
 from megacode.data.tokenizer import Tokenizer
 from megacode.engine.zero import ZeroEngine, check_config, check_version, start_deepspeed
-from megacode.errors import UserError
+from megacode.errors import UserError, explain
 from megacode.parallel.heartbeat import doing, waiting
 from megacode.parallel.mesh import Mesh, build_mesh
 from megacode.parallel.phases import record
@@ -163,6 +163,9 @@ class Run:
         # Rank 0 decides: on network file systems the ranks may see different newest folders.
         ranks = start.writer(mesh)
         newest = ranks.broadcast(store.newest(self.folder))
+        if mesh.rank == 0:
+            doing("removing what a killed run left of checkpoints", patient=True)
+            keep.sweep(self.folder)
         progress = start.load_weights(engine, config, mesh, newest, start.new_progress(config, stream))
         if mesh.rank == 0:
             step, hosts = progress.step, [peer.host for peer in self.peers]
@@ -215,11 +218,10 @@ class Run:
             self.stall.leave_if_told()
             if self.watch is not None:
                 self.watch.stop()
+            if isinstance(error, OSError) and Path(error.filename or "").is_relative_to(self.folder):
+                error = UserError(f"{explain(error, self.folder)}, then start again")
             if isinstance(error, UserError):
-                first = metrics.fail_status(
-                    self.folder, self.place.rank, str(error), store.newest(self.folder), self.start
-                )
-                code = _refuse(error, speaks=first)
+                code = self._tell_mistake(error)
                 self.stall.clear()
                 os._exit(code)
             gone = self.watch.wait_for_gone(seconds=0.5) if self.watch is not None else []
@@ -252,6 +254,23 @@ class Run:
             hosts.setdefault(peer.host, []).append(peer.rank)
         names = " or ".join(f"host {host} ({spans(ranks)})" for host, ranks in hosts.items())
         self._tell(f"{names} is gone, or the network to it ({lost})", None, gone=others)
+
+    def _tell_mistake(self, error: UserError) -> int:
+        """What the user can mend came up during the run: on all ranks, or on this one alone. The exit code."""
+        try:
+            first = metrics.claim_failure(self.folder, self.start)
+        except OSError:  # the run folder is gone or full: all ranks have come across that
+            first = self.place.local_rank == 0
+        if self.journal is not None:
+            self.journal.close()
+        if first:
+            with suppress(OSError):
+                newest, rank = store.newest(self.folder), self.place.rank
+                facts = {"rank": rank, "step": self.step, "checkpoint": newest and str(newest)}
+                metrics.write_status(self.folder, "failed", message=str(error), **facts)
+                if self.trainer is not None:
+                    metrics.append_event(self.folder, "failure", self.step, str(error), rank=rank)
+        return _refuse(error, speaks=first)
 
     def _claim_stall(self, verdict: Verdict) -> int:
         """Called in a thread of one rank: no rank goes on. The exit code of all: another than that of a stall where the

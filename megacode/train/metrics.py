@@ -168,13 +168,27 @@ def fail_status(
 
     Returns:
         Whether this rank is the first.
+
+    Raises:
+        OSError: nobody can say so, or `status.json` can't be written.
+    """
+    first = claim_failure(run, start)
+    if first:
+        write_status(run, "failed", rank=rank, message=message, step=step, checkpoint=checkpoint and str(checkpoint))
+    return first
+
+
+def claim_failure(run: Path, start: str) -> bool:
+    """Whether this rank is the first of this start to fail; only one gets to hear so.
+
+    Raises:
+        OSError: the file that says so can't be made.
     """
     try:
-        with (run / FAILED).open("x", encoding="utf-8") as file:
-            file.write(start)
+        with (run / FAILED).open("xb", buffering=0) as file, suppress(OSError):  # no room: it is there, though
+            file.write(start.encode())
     except FileExistsError:
         return False
-    write_status(run, "failed", rank=rank, message=message, step=step, checkpoint=checkpoint and str(checkpoint))
     return True
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megacode.checkpoint import store
-from megacode.checkpoint.reader import STATES, CheckpointReader, Progress
+from megacode.checkpoint.reader import OPTIMIZER, STATES, CheckpointReader, Progress
 from megacode.checkpoint.store import Writer
 from megacode.data.stream import ORDER, TrainStream, ValidationStream, open_train, open_valid
 from megacode.data.tokenizer import Tokenizer
@@ -67,6 +67,12 @@ def check_run_folder(recipe: Recipe, stream: TrainStream) -> None:
             open_weights(recipe, Path(recipe.checkpoint.start_from), new_stage=True)
         return
     reader = open_weights(recipe, newest)
+    if reader.optimizer != OPTIMIZER:
+        whose = f"the states of {reader.optimizer}" if reader.optimizer else "weights alone"
+        raise UserError(
+            f"{newest} has {whose}, and a run goes on with those of {OPTIMIZER}; name another `run` folder and "
+            f"take its weights by checkpoint.start_from"
+        )
     here, there = (_counted_by(progress) for progress in (new_progress(recipe, stream), reader.progress))
     for key in here:
         if here[key] != there.get(key):

@@ -17,7 +17,7 @@ import yaml
 from support.launching import ENVIRONMENT, NUM_STEPS, ROOT, command, launch, metrics, status, write_recipe
 
 from megacode.checkpoint.reader import CheckpointReader
-from megacode.checkpoint.store import newest
+from megacode.checkpoint.keep import finished, newest
 from megacode.kernels import dispatch
 from megacode.tools.data.replay import as_json, open_step
 
@@ -103,7 +103,9 @@ def test_a_run_leaves_what_it_should(straight):
     assert len(status(straight)["memory_bytes"]) == 4
     for file in newest(straight).iterdir():
         assert file.stat().st_mode & 0o777 == (straight / "metrics.jsonl").stat().st_mode & 0o777, file
-    assert sorted(folder.name for folder in (straight / "checkpoints").iterdir()) == ["step_00000004", "step_00000008"]
+    names = ["latest", "step_00000004", "step_00000008"]
+    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == names
+    assert (straight / "checkpoints/latest").read_text() == "step_00000008\n"
     assert yaml.safe_load((straight / "recipe.yaml").read_text())["model"]["vocabulary"] > 0
     assert_replayed(straight, range(1, NUM_STEPS + 1))
 
@@ -194,7 +196,7 @@ def test_files_ask_for_a_checkpoint_and_for_the_end(recipe, straight):
     assert done.returncode == 75, done.stderr[-3000:]
     assert (status(run)["outcome"], status(run)["step"]) == ("stopped", 5)
     assert status(run)["message"] == f"asked by the file {run}/STOP"
-    assert [folder.name[-1] for folder in sorted((run / "checkpoints").iterdir())] == ["2", "4", "5"]
+    assert [folder.name[-1] for folder in finished(run)] == ["2", "4", "5"]
     assert not (run / "STOP").exists()
     assert not (run / "SAVE").exists()
     done = launch(recipe, f"run={run}")
@@ -207,9 +209,12 @@ def test_an_error_of_a_rank_is_told_and_ends_the_run(recipe):
     run.mkdir()
     (run / "checkpoints").write_text("a file where a folder should be")
     done = launch(recipe, f"run={run}", "checkpoint.every_steps=1")
-    assert done.returncode != 0
+    output = done.stdout + done.stderr
+    assert done.returncode == 2, output[-3000:]
     assert status(run)["outcome"] == "failed"
-    assert "the checkpoint could not be written: NotADirectoryError" in status(run)["message"]
+    assert "checkpoints: File exists; mend that, then start again; the run has none yet" in status(run)["message"]
+    assert output.count("error: ") == 1
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def write_checkpoint(run: Path, step: int = 7, seed: int = 0) -> CheckpointReade
         config,
         Progress(step=step, next_sample=0, adam_step=step, seed=seed, sequence_length=12, num_tokens=0),
         {name: part_of(parameter) for name, parameter in parameters.items()},
-        lambda name, key: parameters[name].detach() * (key == "weight"),
+        lambda pieces: [into.copy_(parameters[name].detach() * (key == "weight")) for name, key, _, into in pieces],
         Writer(
             rank=0, zero_rank=0, zero_size=1, tensor_rank=0, gather=lambda each: [each], broadcast=lambda each: each
         ),

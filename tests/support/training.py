@@ -224,7 +224,7 @@ def parallel(
             done = first + steps
             samples_done = done * config.batch.global_samples
             progress = Progress(done, samples_done, engine.optimizer_step, SEED, config.batch.sequence_length, 0)
-            store.save(save, config, progress, parts, engine.read, writer(mesh))
+            store.save(save, config, progress, parts, engine.gather, writer(mesh))
         engine.engine.destroy()
     return [outcome if mesh.zero_rank == 0 else Outcome(outcome.losses, outcome.norms, gathers=outcome.gathers), parts]
 

@@ -59,7 +59,9 @@ def test_files_ask_and_go_when_it_is_done(tmp_path):
     both = asked(requests)
     assert both.stop == f"the file {tmp_path}/STOP"
     assert both.save
-    requests.done(both)
+    requests.take(both)
+    assert asked(requests).stop is None, "it is being obeyed"
+    requests.done()
     assert not list(tmp_path.iterdir())
     assert asked(requests).stop is None
 
@@ -91,7 +93,8 @@ def test_a_later_save_outlives_an_earlier_stop(tmp_path):
     (tmp_path / "STOP").write_text("3")
     (tmp_path / "SAVE").write_text("5")
     requests = Requests(tmp_path, looks=True)
-    requests.done(asked(requests, 3))
+    requests.take(asked(requests, 3))
+    requests.done()
     assert [file.name for file in tmp_path.iterdir()] == ["SAVE"]
 
 

@@ -116,7 +116,7 @@ def test_a_file_that_cannot_be_written_ends_the_run(tmp_path):
     book._files["metrics"] = open("/dev/full", "w")  # noqa: SIM115  the journal holds it, as it does its own files
     book.metrics(LINE)
     book.close()
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left on device; make room"):
         book.metrics(LINE)
 
 

@@ -1,0 +1,77 @@
+"""Which checkpoints of a run stand, and which of them are kept."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megacode.data.durable import sync
+
+PARTIAL = ".partial"
+"""Ends the name of a checkpoint that is being written, or whose writing was cut short."""
+REMOVED = ".removed"
+"""Ends the name, hidden by a dot, of one that is being removed: half of it never looks like a checkpoint."""
+
+
+def finished(run: Path) -> list[Path]:
+    """The checkpoints of a run that stand whole, oldest first: a folder has such a name only then."""
+    return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run: what a start goes on from."""
+    folders = finished(run)
+    return folders[-1] if folders else None
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def surplus(run: Path, last: int, every: int | None = None) -> list[Path]:
+    """The checkpoints of a run that are not to be kept, oldest first.
+
+    Args:
+        run: the run folder.
+        last: how many of the newest are kept, at least one.
+        every: kept are those of the multiples of this step, too.
+    """
+    assert last >= 1, "the newest is what the run goes on from"
+    return [folder for folder in finished(run)[:-last] if every is None or step_of(folder) % every]
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; one that somebody else is removing is left to him.
+
+    Raises:
+        OSError: it can't be removed; it no longer has a checkpoint's name, unless that can't be changed.
+    """
+    hidden = folder.with_name(f".{folder.name}{REMOVED}")
+    _remove_tree(hidden)  # of an earlier one of this step
+    try:
+        os.replace(folder, hidden)
+    except FileNotFoundError:
+        return
+    sync(folder.parent)
+    _remove_tree(hidden)
+
+
+def sweep(run: Path) -> None:
+    """Remove what killed runs have left half written or half removed. No other process may be saving in the folder.
+
+    Raises:
+        OSError: it can't be removed.
+    """
+    folder = run / "checkpoints"
+    for leftover in (*folder.glob(f"step_*{PARTIAL}"), *folder.glob(f".step_*{REMOVED}")):
+        _remove_tree(leftover)
+
+
+def _remove_tree(folder: Path) -> None:
+    def unless_gone(function: Callable[..., Any], path: str, error: Any) -> None:
+        if not isinstance(error[1], FileNotFoundError):
+            raise error[1]
+
+    shutil.rmtree(folder, onerror=unless_gone)
