@@ -1,6 +1,7 @@
 """`megacode convert`: checkpoints from HuggingFace and Meta, and to HuggingFace."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -180,16 +181,24 @@ def _convert(
     from megacode.checkpoint.convert.receipt import ConversionError
 
     receipts: list[Receipt] = []
+    seconds = {"writing": 0.0, "comparing": 0.0}
+
+    def check(folder: Path) -> None:
+        started = time.perf_counter()
+        receipts.append(compare(folder, bar("comparing")))
+        seconds["comparing"] = time.perf_counter() - started
 
     with json_output(json_file) as write_json:
         try:
             with _bars() as bar:
-                write(lambda folder: receipts.append(compare(folder, bar("comparing"))), bar("writing"))
+                started = time.perf_counter()
+                write(check, bar("writing"))
+                seconds["writing"] = time.perf_counter() - started - seconds["comparing"]
         except ConversionError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
         write_json(asdict(receipts[0]))
-        _print(receipts[0], target)
+        _print(receipts[0], target, seconds)
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -238,7 +247,7 @@ def _bars() -> "Iterator[Callable[[str], Progress]]":
         yield bar
 
 
-def _print(receipt: "Receipt", target: Path) -> None:
+def _print(receipt: "Receipt", target: Path, seconds: dict[str, float]) -> None:
     for check in receipt.checks:
         figures = ", ".join(
             f"{name} {figure:.3g}" if isinstance(figure, float) else f"{name} {figure}"
@@ -248,5 +257,6 @@ def _print(receipt: "Receipt", target: Path) -> None:
         typer.echo(f"{check.name:10} agrees  {figures}".rstrip())
     for key, origin in receipt.origins.items():
         typer.echo(f"{key:14} {origin}")
+    typer.echo(", ".join(f"{what} {value:.1f} s" for what, value in seconds.items()))
     what = f"step {receipt.step}" if receipt.direction == "to-hf" else receipt.direction
     typer.echo(f"{what} in {receipt.dtype} stands in {target}")
