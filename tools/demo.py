@@ -132,7 +132,7 @@ def _status(run: Path) -> dict[str, Any]:
 
 def _export(library: Path, run: Path, target: Path) -> dict[str, Any]:
     """The receipt of the export, comparing on every validation document."""
-    from megacode.checkpoint.hf import RECEIPT
+    from megacode.checkpoint.convert.folder import RECEIPT
     from megacode.checkpoint.store import newest
     from megacode.data.preparing.corpus import Corpus, is_valid
     from megacode.tools import convert

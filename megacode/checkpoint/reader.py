@@ -118,8 +118,15 @@ class CheckpointReader:
         shape = self.shape(name)
         return self.read_part(name, Slice(shape, 1.0), key)
 
+    def read_stored(self, name: str) -> Tensor:
+        """The whole parameter in the type that it is stored as, bit by bit."""
+        return self._read(name, Slice(self.shape(name), 1.0), "weight")
+
     def read_part(self, name: str, part: Slice, key: str = "weight") -> Tensor:
-        """The part of a parameter that a rank of any layout holds: only the slices that overlap it are read."""
+        """The part that a rank of any layout holds, fp32: only the slices that overlap it are read."""
+        return self._read(name, part, key).float()
+
+    def _read(self, name: str, part: Slice, key: str) -> Tensor:
         entry = self.manifest["tensors"][name]
         shape = list(entry["shape"])
         assert tuple(shape) == part.shape, f"{name}: {shape} in the checkpoint, {part.shape} in the model"
@@ -147,9 +154,9 @@ class CheckpointReader:
         try:
             with safe_open(path, framework="pt") as file:
                 if dim is None:
-                    return file.get_tensor(tensor).float()
+                    return file.get_tensor(tensor)
                 view = file.get_slice(tensor)
-                return (view[start:stop] if dim == 0 else view[:, start:stop]).float()
+                return view[start:stop] if dim == 0 else view[:, start:stop]
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{path} cannot be read ({error}); remove the folder to go on from an earlier one"

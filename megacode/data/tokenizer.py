@@ -189,6 +189,21 @@ def train(texts: Iterable[str], output: str | Path, num_pieces: int = 4096, num_
         temporary.unlink(missing_ok=True)
 
 
+def with_infilling(path: Path) -> bytes:
+    """The file of a model like the one at `path`, with the sixteen rows appended: Llama's becomes Code Llama's.
+
+    Raises:
+        UserError: the file is missing or is no SentencePiece model.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}; name a SentencePiece model") from None
+    model = _parse(data, path)
+    _append_rows(model)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
 class _Documents:
     """What the trainer reads. It turns an exception of its input into one of its own: the true one is kept here."""
 

@@ -8,8 +8,8 @@ from support.exports import write_checkpoint
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from megacode.checkpoint import receipt
-from megacode.checkpoint.hf import RECEIPT, temporary_folder
+from megacode.checkpoint.convert import compare
+from megacode.checkpoint.convert.folder import RECEIPT, temporary_folder
 from megacode.checkpoint.store import step_folder
 from megacode.errors import UserError
 from megacode.tools.convert import app, checkpoint_folder
@@ -58,7 +58,7 @@ def test_again_needs_force(run, tmp_path):
 
 
 def test_disagreement_exits_with_1_and_leaves_no_folder(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(receipt, "ROTARY_TOLERANCE", -1.0)
+    monkeypatch.setattr(compare, "ROTARY_TOLERANCE", -1.0)
     result = convert(run, tmp_path / "hf")
     assert result.exit_code == 1
     assert "rotary" in result.stderr

@@ -9,7 +9,7 @@ from support.exports import write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from megacode.checkpoint.hf import export
+from megacode.checkpoint.convert.exporting import export
 from megacode.data.infill import infilling_prompt
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError

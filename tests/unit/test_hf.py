@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 from support.exports import write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from megacode.checkpoint import hf
+from megacode.checkpoint.convert import exporting
+from megacode.checkpoint.convert import folder as target
+from megacode.checkpoint.convert.weights import plan_files
+from megacode.checkpoint.reader import DTYPES
 from megacode.errors import UserError
 from megacode.model.llama import num_parameters
 from megacode.recipe import ModelSection
@@ -24,22 +27,22 @@ def checkpoint(tmp_path_factory):
 
 def unchecked(folder):
     """In place of the receipt, which test_receipt.py is about: leaves the mark of an export."""
-    (folder / hf.RECEIPT).write_text("{}")
+    (folder / target.RECEIPT).write_text("{}")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_one_file(checkpoint, tmp_path, dtype):
     seen = []
-    hf.export(
+    exporting.export(
         checkpoint, tmp_path / "hf", dtype, check=unchecked, progress=lambda done, total: seen.append((done, total))
     )
     written = load_file(tmp_path / "hf" / "model.safetensors")
     assert set(written) == set(checkpoint.names)
     for name, tensor in written.items():
-        assert torch.equal(tensor, checkpoint.read(name).to(hf.DTYPES[dtype]))
+        assert torch.equal(tensor, checkpoint.read(name).to(DTYPES[dtype]))
     with safe_open(tmp_path / "hf" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
-    size = num_parameters(checkpoint.model) * hf.DTYPES[dtype].itemsize
+    size = num_parameters(checkpoint.model) * DTYPES[dtype].itemsize
     assert seen[-1] == (size, size)
     assert len(seen) == len(checkpoint.names)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]  # nothing beside it is left
@@ -47,7 +50,7 @@ def test_one_file(checkpoint, tmp_path, dtype):
 
 def test_many_files(checkpoint, tmp_path):
     limit = 200_000  # the embedding and the head, 616 rows of 64 in bf16, take 79 kB each
-    hf.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked, max_shard_bytes=limit)
+    exporting.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked, max_file_bytes=limit)
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 1
     assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
@@ -62,12 +65,12 @@ def test_many_files(checkpoint, tmp_path):
 
 
 def test_a_parameter_beyond_the_limit_stands_alone(checkpoint):
-    shards = hf.plan_shards(checkpoint, torch.float32, max_shard_bytes=1)
-    assert shards == [[name] for name in checkpoint.names]
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.names}
+    assert plan_files(shapes, torch.float32, max_file_bytes=1) == [[name] for name in checkpoint.names]
 
 
 def test_config(checkpoint, tmp_path):
-    hf.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
+    exporting.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
     config, model = AutoConfig.from_pretrained(tmp_path / "hf"), checkpoint.model
     assert config.architectures == ["LlamaForCausalLM"]
     assert config.dtype == torch.bfloat16
@@ -82,7 +85,7 @@ def test_config(checkpoint, tmp_path):
 
 def test_config_is_code_llamas():
     """The values of HuggingFace's codellama/CodeLlama-7b-hf."""
-    config = hf.config_of(ModelSection.model_validate({"preset": "code-llama-7b"}), "bf16")
+    config = exporting.config_of(ModelSection.model_validate({"preset": "code-llama-7b"}), "bf16")
     expected = {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -108,15 +111,15 @@ def test_config_is_code_llamas():
 
 
 def test_only_an_earlier_export_is_replaced_and_only_with_force(checkpoint, tmp_path):
-    target = tmp_path / "hf"
-    target.mkdir()
-    hf.export(checkpoint, target, "bf16", check=unchecked)  # an empty folder may be filled
-    (target / "mark").touch()
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    exporting.export(checkpoint, hf, "bf16", check=unchecked)  # an empty folder may be filled
+    (hf / "mark").touch()
     with pytest.raises(UserError, match="--force"):
-        hf.export(checkpoint, target, "bf16", check=unchecked)
-    assert (target / "mark").exists()
-    hf.export(checkpoint, target, "bf16", check=unchecked, force=True)
-    assert not (target / "mark").exists()
+        exporting.export(checkpoint, hf, "bf16", check=unchecked)
+    assert (hf / "mark").exists()
+    exporting.export(checkpoint, hf, "bf16", check=unchecked, force=True)
+    assert not (hf / "mark").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -124,10 +127,10 @@ def test_foreign_folders_and_files_are_kept(checkpoint, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").touch()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="no export of megacode"):
-        hf.export(checkpoint, tmp_path / "folder", "bf16", check=unchecked, force=True)
+    with pytest.raises(UserError, match="no conversion of megacode"):
+        exporting.export(checkpoint, tmp_path / "folder", "bf16", check=unchecked, force=True)
     with pytest.raises(UserError, match="is a file"):
-        hf.export(checkpoint, tmp_path / "file", "bf16", check=unchecked, force=True)
+        exporting.export(checkpoint, tmp_path / "file", "bf16", check=unchecked, force=True)
 
 
 def test_a_failed_check_gives_no_folder(checkpoint, tmp_path):
@@ -137,30 +140,30 @@ def test_a_failed_check_gives_no_folder(checkpoint, tmp_path):
 
     for _ in range(2):  # what the first left does not stop the second
         with pytest.raises(RuntimeError, match="it disagrees"):
-            hf.export(checkpoint, tmp_path / "hf", "bf16", check=refuse)
+            exporting.export(checkpoint, tmp_path / "hf", "bf16", check=refuse)
         assert not (tmp_path / "hf").exists()
-        assert hf.temporary_folder(tmp_path / "hf").exists()
-    hf.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
+        assert target.temporary_folder(tmp_path / "hf").exists()
+    exporting.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_failed_check_keeps_the_earlier_export(checkpoint, tmp_path):
-    hf.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
+    exporting.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
     (tmp_path / "hf" / "mark").touch()
     with pytest.raises(ZeroDivisionError):
-        hf.export(checkpoint, tmp_path / "hf", "bf16", check=lambda folder: 1 // 0, force=True)
+        exporting.export(checkpoint, tmp_path / "hf", "bf16", check=lambda folder: 1 // 0, force=True)
     assert (tmp_path / "hf" / "mark").exists()
 
 
 def test_a_small_disk_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
-    usage = hf.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(hf.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = target.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(target.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match="GiB free"):
-        hf.export(checkpoint, tmp_path / "new" / "hf", "bf16", check=unchecked)
+        exporting.export(checkpoint, tmp_path / "new" / "hf", "bf16", check=unchecked)
     assert not (tmp_path / "new").exists()
 
 
 def test_no_deepspeed():
     """Converting needs none."""
-    code = "import sys, megacode.checkpoint.receipt; sys.exit('deepspeed' in sys.modules)"
+    code = "import sys, megacode.checkpoint.convert.exporting_receipt; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from support.exports import train_tokenizer
 from transformers import AutoTokenizer
 
-from megacode.checkpoint.hf_tokenizer import FUZZ, compare_tokenizer, fuzzed_texts, write_tokenizer
+from megacode.checkpoint.convert.hf_tokenizer import FUZZ, compare_tokenizer, fuzzed_texts, write_tokenizer
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.exports import write_checkpoint
 
-from megacode.checkpoint import receipt
-from megacode.checkpoint.hf import RECEIPT, export
-from megacode.checkpoint.receipt import ConversionError, check_export
+from megacode.checkpoint.convert import exporting_receipt
+from megacode.checkpoint.convert.exporting import export
+from megacode.checkpoint.convert.exporting_receipt import check_export
+from megacode.checkpoint.convert.folder import RECEIPT
+from megacode.checkpoint.convert.receipt import ConversionError
 from megacode.model.llama import num_parameters
 
 TEXTS = ["def f(x):\n    return x + 1\n", "class A:\n\tpass  # </s>\n", ""]
@@ -31,14 +33,14 @@ def exported(checkpoint, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("dtype", "max_shard_bytes"), [("fp32", 5_000_000_000), ("bf16", 100_000)])
-def test_a_right_export_agrees(checkpoint, tmp_path, dtype, max_shard_bytes):
+@pytest.mark.parametrize(("dtype", "max_file_bytes"), [("fp32", 5_000_000_000), ("bf16", 100_000)])
+def test_a_right_export_agrees(checkpoint, tmp_path, dtype, max_file_bytes):
     seen = []
 
     def check(folder):
         check_export(checkpoint, folder, TEXTS, lambda done, total: seen.append((done, total)))
 
-    export(checkpoint, tmp_path / "hf", dtype, check=check, max_shard_bytes=max_shard_bytes)
+    export(checkpoint, tmp_path / "hf", dtype, check=check, max_file_bytes=max_file_bytes)
     written = json.loads((tmp_path / "hf" / RECEIPT).read_text())
     assert written["agrees"]
     assert (written["step"], written["dtype"]) == (7, dtype)
@@ -54,7 +56,7 @@ def test_a_right_export_agrees(checkpoint, tmp_path, dtype, max_shard_bytes):
     assert all(
         written["sha256"][name] == hashlib.sha256((tmp_path / "hf" / name).read_bytes()).hexdigest() for name in files
     )
-    assert seen == [(number, 4) for number in range(1, 5)]
+    assert seen == [(number, 3) for number in range(1, 4)]
 
 
 def interleaved(weight, heads):
@@ -127,7 +129,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("spoil", "expected"), WRONG, ids=[spoil.__name__ for spoil, _ in WRONG])
 def test_wrong_weights_are_found(checkpoint, exported, tmp_path, monkeypatch, spoil, expected):
-    monkeypatch.setattr(receipt, "NUM_FUZZED", 20)  # the tokenizer has its own test
+    monkeypatch.setattr(exporting_receipt, "NUM_FUZZED", 20)  # the tokenizer has its own test
     folder = shutil.copytree(exported, tmp_path / "hf")
     tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     spoil(tensors, config)

@@ -1,0 +1,93 @@
+"""Where a conversion stands: written beside its target, checked, then renamed. The target is whole or not there."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megacode.data import durable
+from megacode.errors import UserError
+
+RECEIPT = "conversion_receipt.json"
+"""Name of the file that marks a folder as a conversion of megacode."""
+
+CARRIED = "source"
+"""Folder within a converted checkpoint: what an export needs again of the source's own files."""
+
+
+@contextmanager
+def written_beside(folder: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
+    """A new folder that gets the name `folder` when the block ends, and keeps its own when an error ends it.
+
+    Args:
+        folder: missing, or empty, or with `force` an earlier conversion.
+        force: replace an earlier conversion.
+        needed_bytes: what will be written.
+
+    Raises:
+        UserError: the target is taken, or its disk too small or not writable.
+    """
+    folder = folder.resolve()
+    _check_target(folder, force)
+    _check_space(folder.parent, needed_bytes)
+    written = temporary_folder(folder)
+    try:
+        if written.exists():  # left by a conversion that was killed or disagreed
+            shutil.rmtree(written)
+        written.mkdir(parents=True)
+        yield written
+        _replace(written, folder)
+    except OSError as error:
+        shutil.rmtree(written, ignore_errors=True)
+        reason = error.strerror or " ".join(str(error).split())
+        raise UserError(f"{folder} cannot be written ({reason}); make room or name a folder on another disk") from None
+
+
+def temporary_folder(folder: Path) -> Path:
+    """Where a conversion stands until it is checked."""
+    return folder.with_name(f".{folder.name}.converting")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_target(folder: Path, force: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder to write")
+    if not any(folder.iterdir()):
+        return
+    if not (folder / RECEIPT).is_file():
+        raise UserError(f"{folder} is not empty and no conversion of megacode; name another folder")
+    if not force:
+        raise UserError(f"{folder} holds an earlier conversion; name another folder or replace it with --force")
+
+
+def _check_space(parent: Path, needed_bytes: int) -> None:
+    while not parent.exists():
+        parent = parent.parent
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        gib = 2**30
+        raise UserError(
+            f"{parent} has {free_bytes / gib:.1f} GiB free and the conversion takes {needed_bytes / gib:.1f} GiB; "
+            "make room or name a folder on another disk"
+        )
+
+
+def _replace(written: Path, folder: Path) -> None:
+    """Give the written folder its name; an earlier conversion goes away only after the new one stands."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.exists():
+        os.replace(folder, old)
+    durable.rename(written, folder)
+    if old.exists():
+        shutil.rmtree(old)

@@ -1,0 +1,115 @@
+"""From a checkpoint of somebody else to one of megacode: a folder that `checkpoint.start_from` takes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacode.checkpoint.convert.folder import CARRIED, written_beside
+from megacode.checkpoint.convert.grown import Grown, NewRows
+from megacode.checkpoint.convert.source import Source, shapes_of
+from megacode.checkpoint.convert.stored import dtype_name
+from megacode.checkpoint.convert.weights import MAX_FILE_BYTES, WrittenFile, num_bytes, write_weights
+from megacode.checkpoint.convert.weights import Progress as Report
+from megacode.checkpoint.reader import FORMAT, Progress
+from megacode.data import durable
+from megacode.data.tokenizer import Tokenizer, with_infilling
+from megacode.errors import UserError
+
+
+def with_tokenizer(source: Source, tokenizer: Path | None, new_rows: NewRows | None) -> tuple[Source, bytes]:
+    """The source with as many rows as its tokenizer has, and the tokenizer's file.
+
+    Args:
+        source: what is converted.
+        tokenizer: its SentencePiece model; left out, tokenizer.model beside its files.
+        new_rows: how to make rows for infilling pieces, which are appended to the tokenizer; None: append none.
+
+    Raises:
+        UserError: the tokenizer is missing, or has other rows than the source; or infilling pieces are there already.
+    """
+    path = tokenizer or source.folder / "tokenizer.model"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; name the model's SentencePiece file with --tokenizer")
+    rows, pieces = source.model.vocabulary, Tokenizer(path)
+    if rows != pieces.vocabulary:
+        raise UserError(
+            f"{source.folder} has {rows} rows of the vocabulary and {path} {pieces.vocabulary}; name the tokenizer "
+            f"that the model was trained with (--tokenizer). Rows of padding are cut off by who added them "
+            f"(transformers: model.resize_token_embeddings({pieces.vocabulary}))"
+        )
+    if new_rows is None:
+        return source, path.read_bytes()
+    if pieces.has_infilling:
+        raise UserError(f"{path} has infilling pieces already; leave --add-infilling out")
+    return Grown(source, new_rows), with_infilling(path)
+
+
+def convert(
+    source: Source,
+    tokenizer: bytes,
+    folder: Path,
+    *,
+    check: Callable[[Path], None],
+    force: bool = False,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    progress: Report = lambda done, total: None,
+) -> None:
+    """Write `folder`: the weights in the source's own type, the tokenizer, and what an export needs of the source.
+
+    Args:
+        source, tokenizer: what `with_tokenizer` gives.
+        folder: the target; missing, or empty, or with `force` an earlier conversion.
+        check: called with the written folder before it gets its name; what it raises leaves the folder under its
+            temporary name.
+        force: replace an earlier conversion.
+        max_file_bytes: largest file of weights, unless one parameter alone is larger.
+        progress: called with bytes written and bytes to write.
+
+    Raises:
+        UserError: the target is taken, the disk too small or not writable, or a file of the source damaged.
+    """
+    shapes = shapes_of(source.model)
+
+    def read(name: str) -> Tensor:
+        return source.join(name, source.pieces(name))
+
+    with written_beside(folder, force=force, needed_bytes=num_bytes(shapes, source.dtype)) as written:
+        files = write_weights(
+            written, shapes, source.dtype, read, _file_name, max_file_bytes=max_file_bytes, progress=progress
+        )
+        (written / "tokenizer.model").write_bytes(tokenizer)
+        (written / CARRIED).mkdir()
+        for path in source.carried:
+            shutil.copyfile(path, written / CARRIED / path.name)
+        text = json.dumps(_manifest(source, shapes, files), indent=1)
+        (written / "manifest.json").write_text(text, encoding="utf-8")
+        durable.sync(*(written / CARRIED).iterdir(), written / CARRIED)
+        check(written)
+
+
+def _file_name(number: int, total: int) -> str:
+    return f"weights_{number:05d}.safetensors"
+
+
+def _manifest(source: Source, shapes: dict[str, tuple[int, ...]], files: list[WrittenFile]) -> dict[str, Any]:
+    numbers = {name: number for number, file in enumerate(files) for name in file.tensors}
+    return {
+        "format": FORMAT,
+        "progress": asdict(Progress(0, 0, 0, seed=0, sequence_length=0, num_tokens=0)),
+        "model": source.model.model_dump(mode="json"),
+        "precision": "fp32" if source.dtype == torch.float32 else "bf16",
+        "dtype": dtype_name(source.dtype),
+        "optimizer": None,
+        "source": {"format": source.kind, "origins": source.origins},
+        "files": {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files},
+        "tensors": {
+            name: {"shape": list(shape), "dim": None, "slices": [{"rank": numbers[name], "start": 0, "stop": 0}]}
+            for name, shape in shapes.items()
+        },
+    }
