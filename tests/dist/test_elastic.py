@@ -54,9 +54,16 @@ def config(tmp_path_factory):
 def saved(worlds, config):
     """Checkpoint 0 of the journey: after two steps, so that weights and moments are no round numbers."""
     world_size, layout, sections = JOURNEY[0]
-    folder = step_folder(config.folder / "journey_0", 2)
+    folder = stop(config.folder, 0)
     worlds(world_size).run(parallel, config(layout, sections), 2, (), None, folder)
     return folder
+
+
+def stop(folder, number):
+    """Where the checkpoint of a stop of the journey stands: each in a run folder of its own."""
+    run = folder / f"journey_{number}"
+    run.mkdir()
+    return step_folder(run, 2)
 
 
 def assert_same(have, want):
@@ -69,7 +76,7 @@ def test_no_layout_changes_a_bit(worlds, config, saved):
     want, source = CheckpointReader(saved), saved
     assert all(float(want.read(name, key).norm()) > 0 for name in want.names for key in STATES)
     for number, (world_size, layout, sections) in enumerate(JOURNEY[1:], start=1):
-        target = step_folder(config.folder / f"journey_{number}", 2)
+        target = stop(config.folder, number)
         counts = worlds(world_size).run(move, config(layout, sections), source, target)
         assert set(counts) == {2}, "Adam's step count, by which its bias correction goes on"
         have = CheckpointReader(target)

@@ -243,7 +243,7 @@ def move(config: Recipe, load: Path, save: Path) -> int:
     engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
     progress = resume(engine, CheckpointReader(load), mesh)
     parts = {name: part_of(parameter) for name, parameter in engine.parameters.items()}
-    store.save(save, config, progress, parts, engine.read, writer(mesh))
+    store.save(save, config, progress, parts, engine.gather, writer(mesh))
     count = engine.optimizer_step
     engine.engine.destroy()
     return count

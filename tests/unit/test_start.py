@@ -21,7 +21,9 @@ PROGRESS = Progress(3, 12, 3, 1, 64, 900, "concatenate", 2, SOURCES)
 
 def resume(monkeypatch, here, there):
     monkeypatch.setattr(start.store, "newest", lambda folder: "CHECKPOINT")
-    monkeypatch.setattr(start, "open_weights", lambda recipe, path: SimpleNamespace(progress=there, start_from=None))
+    monkeypatch.setattr(
+        start, "open_weights", lambda recipe, path: SimpleNamespace(progress=there, start_from=None, optimizer="adamw")
+    )
     monkeypatch.setattr(start, "new_progress", lambda recipe, stream: here)
     start.check_run_folder(SimpleNamespace(run="RUN", checkpoint=SimpleNamespace(start_from=None)), None)
 
