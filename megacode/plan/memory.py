@@ -22,7 +22,7 @@ from megacode.plan.activations import (
 )
 from megacode.plan.job import Job, Offload
 from megacode.plan.layout import Layout, vocabulary_rows
-from megacode.plan.shape import PART_ELEMENTS, llama
+from megacode.plan.shape import PART_ELEMENTS, Moment, llama
 from megacode.recipe import Recipe
 
 SUB_GROUP_ELEMENTS = 10**9
@@ -122,9 +122,9 @@ def worst_stage(job: Job) -> StageMemory:
 
 def _stage(job: Job, rank: int) -> StageMemory:
     static = _static(job, rank)
-    layout = job.layout
+    layout, blocks = job.layout, block_moments(job)
     moments = [
-        _operation(job, rank, static, load)
+        _operation(job, rank, static, load, blocks)
         for load in loads(layout.pipeline, rank, layout.num_micro_batches, layout.virtual_stages)
     ]
     moments += [_reduction(job, rank, static), _update(job, rank, static)]
@@ -148,7 +148,7 @@ def _static(job: Job, rank: int) -> StageMemory:
     return StageMemory(rank, "update", 0, int(parameters), int(gradients), int(masters), 0, 0, int(buffers), int(host))
 
 
-def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMemory:
+def _operation(job: Job, rank: int, static: StageMemory, load: Load, blocks: list[tuple[float, Moment]]) -> StageMemory:
     """At one forward or backward: of a backward, the worst of its head, its last norm and its first block."""
     layout, w = job.layout, job.shape.element_bytes
     last_chunk = rank == layout.pipeline - 1 and load.chunk == layout.virtual_stages - 1
@@ -180,7 +180,7 @@ def _operation(job: Job, rank: int, static: StageMemory, load: Load) -> StageMem
     done, copied = last_norm_bytes(job) if last_chunk else 0.0, _reduced_copy(job, job.bucket_elements, False)
     moments = [
         at(more - done, moment.weights / layout.tensor, reduced=copied if moment.reduced else 0.0)
-        for more, moment in block_moments(job)
+        for more, moment in blocks
     ]
     moments.append(_first_bucket(job, rank, max(moments, key=lambda stage: stage.total_bytes), last_chunk))
     if last_chunk:
@@ -216,12 +216,12 @@ def _kept(job: Job, rank: int, load: Load) -> tuple[float, float]:
     that this was received. Of what it sends back one is on its way: what comes of the next micro-batch says so of the
     one before.
     """
-    layout, layers, stream = job.layout, job.chunk_layers(rank), stream_bytes(job)
+    layout, layers, stream, block = job.layout, job.chunk_layers(rank), stream_bytes(job), activation_bytes(job)
     kept = sent = 0.0
     for chunk, flights in enumerate(load.in_flight):
         stage = chunk * layout.pipeline + rank
         first, last = stage == 0, stage == len(layout.stages) - 1
-        kept += flights * (activation_bytes(job, layers[chunk]) + (last_norm_bytes(job) if last else stream))
+        kept += flights * (layers[chunk] * block + (last_norm_bytes(job) if last else stream))
         if not first:
             sent += stream * min(load.backwards[chunk], 1)
     return kept, sent

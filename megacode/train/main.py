@@ -44,7 +44,7 @@ TELLING_SECONDS = 10.0
 """How long a verdict on a stall may take to be written once the run is known to have failed."""
 
 WORD_SECONDS = 3.0
-"""How long a rank waits for a better reason of a failure than its own broken connection."""
+"""How long a rank waits for another to say why the run fails, who knows more of it."""
 
 
 def main(arguments: list[str]) -> int:
@@ -205,6 +205,8 @@ class Run:
             self.stall.leave_if_told(wait_seconds=0 if gone else TELLING_SECONDS)
             if tells:
                 self._tell(f"{_names(gone)} ended" if gone else "another rank failed", None, gone=gone)
+            else:  # else it may look as if this rank had been the first to go
+                self._wait_for_word()
         finally:
             self.stall.clear()
             os._exit(1)
@@ -246,9 +248,7 @@ class Run:
 
     def _tell_lost(self, others: list[Peer], lost: str) -> None:
         """A connection to another machine broke. A rank there that lives has seen who ended, and says so."""
-        deadline = time.monotonic() + WORD_SECONDS
-        while not self._is_in_vain() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        self._wait_for_word()
         hosts: dict[str, list[int]] = {}
         for peer in others:
             hosts.setdefault(peer.host, []).append(peer.rank)
@@ -271,6 +271,12 @@ class Run:
                 if self.trainer is not None:
                     metrics.append_event(self.folder, "failure", self.step, str(error), rank=rank)
         return _refuse(error, speaks=first)
+
+    def _wait_for_word(self) -> None:
+        """Wait a little until another rank says why the run fails."""
+        deadline = time.monotonic() + WORD_SECONDS
+        while not self._is_in_vain() and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def _claim_stall(self, verdict: Verdict) -> int:
         """Called in a thread of one rank: no rank goes on. The exit code of all: another than that of a stall where the

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["schedule.steps=6", "schedule.warmup_steps=2", "checkpoint.every_steps=3", "logging.validate_every_steps=3"]
+SHORT = [
+    *("schedule.steps=6", "schedule.warmup_steps=2", "checkpoint.every_steps=3"),
+    *("logging.validate_every_steps=3", "logging.validation_samples=16"),
+]
 
 
 def demo(folder: Path) -> subprocess.CompletedProcess:

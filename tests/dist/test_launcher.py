@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.launching import ENVIRONMENT, NUM_STEPS, ROOT, command, launch, metrics, status, write_recipe
+from support.stalling import run_ranks
 
 from megacode.checkpoint.reader import CheckpointReader
 from megacode.checkpoint.keep import finished, newest
@@ -136,9 +137,9 @@ def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight
     assert (status(run)["rank"], status(run)["step"] >= 4) == (1, True)
     assert status(run)["checkpoint"] == f"{run}/checkpoints/step_00000004"
 
-    done = launch(recipe, f"run={run}", "data.workers=1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"resuming from {run}/checkpoints/step_00000004 at step 4" in done.stdout
+    done = run_ranks(recipe, f"run={run}", "data.workers=1")
+    assert done.codes == [0] * 4, done.output[-3000:]
+    assert f"resuming from {run}/checkpoints/step_00000004 at step 4" in done.output
     assert_same_run(run, straight)
     assert_ledger(run)
     assert_replayed(run, (3, 6))
@@ -170,8 +171,8 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_
     assert 2 < stopped["step"] < NUM_STEPS
     assert stopped["checkpoint"].endswith(f"step_{stopped['step']:08d}")
     assert len(stopped["memory_bytes"]) == 4
-    done = launch(recipe, f"run={run}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_ranks(recipe, f"run={run}")
+    assert done.codes == [0] * 4, done.output[-3000:]
     assert_same_run(run, straight)
     assert len((run / "starts.jsonl").read_text().splitlines()) == 2
 
@@ -199,8 +200,8 @@ def test_files_ask_for_a_checkpoint_and_for_the_end(recipe, straight):
     assert [folder.name[-1] for folder in finished(run)] == ["2", "4", "5"]
     assert not (run / "STOP").exists()
     assert not (run / "SAVE").exists()
-    done = launch(recipe, f"run={run}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_ranks(recipe, f"run={run}")
+    assert done.codes == [0] * 4, done.output[-3000:]
     assert_same_run(run, straight)
 
 
@@ -208,7 +209,7 @@ def test_an_error_of_a_rank_is_told_and_ends_the_run(recipe):
     run = recipe.parent / "unwritable"
     run.mkdir()
     (run / "checkpoints").write_text("a file where a folder should be")
-    done = launch(recipe, f"run={run}", "checkpoint.every_steps=1")
+    done = launch(recipe, f"run={run}", "checkpoint.every_steps=1", processes=2)
     output = done.stdout + done.stderr
     assert done.returncode == 2, output[-3000:]
     assert status(run)["outcome"] == "failed"
@@ -239,15 +240,12 @@ def test_an_error_of_a_rank_is_told_and_ends_the_run(recipe):
 )
 def test_a_mistake_is_one_line_and_exit_2_before_any_process_group(recipe, overrides, message):
     """Each rank finds it by itself; this is rank 0 of four as a launcher starts it, without the others."""
-    done = subprocess.run(
-        [sys.executable, "launchers/train.py", str(recipe), *overrides],
-        cwd=ROOT, env={**ENVIRONMENT, "RANK": "0", "WORLD_SIZE": "4"}, text=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr[-3000:]
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    done = run_ranks(recipe, *overrides, absent=(1, 2, 3))
+    assert done.codes[0] == 2, done.output[-3000:]
+    errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.output
 
 
 def test_a_taken_port_is_one_line_and_exit_2(recipe):
@@ -273,19 +271,18 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_2(recipe, straight):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    done = launch(recipe, f"run={run}", "schedule.steps=9")
-    output = done.stdout + done.stderr
-    assert done.returncode == 2, output[-3000:]
-    assert output.count("error: ") == 1
-    assert "weights_00003.safetensors is damaged" in output
-    assert "Traceback" not in output
+    done = run_ranks(recipe, f"run={run}", "schedule.steps=9", world_size=2)
+    assert done.codes == [2, 2], done.output[-3000:]
+    assert done.output.count("error: ") == 1
+    assert "weights_00003.safetensors is damaged" in done.output
+    assert "Traceback" not in done.output
     assert status(run)["outcome"] == "failed"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(recipe):
     run = recipe.parent / "nan"
-    done = launch(recipe, f"run={run}", "optimizer.learning_rate=1e30", "optimizer.clip=0")
-    assert done.returncode not in (0, 2)
+    done = run_ranks(recipe, f"run={run}", "optimizer.learning_rate=1e30", "optimizer.clip=0", world_size=2)
+    assert done.codes == [1, 1], done.output[-3000:]
     assert status(run)["outcome"] == "failed"
     assert "lower optimizer.learning_rate" in status(run)["message"]
     assert [line["skipped"] for line in metrics(run)][-2:] == [False, True]
@@ -296,8 +293,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(recipe):
 def test_steps_that_are_not_finite_are_left_out_and_named_until_they_are_too_many(recipe):
     run = recipe.parent / "skips"
     changes = ["optimizer.learning_rate=1e30", "optimizer.clip=0", "schedule.warmup_steps=0"]
-    done = launch(recipe, f"run={run}", *changes, "faults.non_finite=skip", "faults.skips_in_a_row=3", processes=2)
-    assert done.returncode not in (0, 2)
+    skip = ["faults.non_finite=skip", "faults.skips_in_a_row=3"]
+    done = run_ranks(recipe, f"run={run}", *changes, *skip, world_size=2)
+    assert done.codes == [1, 1], done.output[-3000:]
     assert "and so 3 in a row (faults.skips_in_a_row)" in status(run)["message"]
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["skip"] * 3 + ["failure"]
@@ -311,8 +309,9 @@ def test_figures_on_request(recipe):
     run = recipe.parent / "figures"
     logging = {"phases": "true", "profile_steps": "[2]", "profile_ranks": "[1]", "wandb": "test", "tensorboard": "true"}
     changes = [f"logging.{key}={value}" for key, value in logging.items()]
-    done = launch(recipe, f"run={run}", *changes, "logging.peak_teraflops=0.1", "schedule.steps=3", processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    few = ["logging.peak_teraflops=0.1", "schedule.steps=3"]
+    done = run_ranks(recipe, f"run={run}", *changes, *few, world_size=2)
+    assert done.codes == [0, 0], done.output[-3000:]
     steps = [line for line in metrics(run) if "loss" in line]
     for line in steps:
         phases = line["phases"]
@@ -337,12 +336,9 @@ def test_figures_on_request(recipe):
     [("model.hidden=32", "model.hidden is 32 and"), ("seed=5", "seed is 5 and"), ("batch.sequence_length=32", "batch.sequence_length is 32 and"), ("data.packing=best_fit", "data.packing is best_fit and")],
 )
 def test_the_run_folder_of_another_recipe_is_refused(recipe, straight, override, message):
-    done = subprocess.run(
-        [sys.executable, "launchers/train.py", str(recipe), f"run={straight}", override],
-        cwd=ROOT, env={**ENVIRONMENT, "RANK": "0", "WORLD_SIZE": "4"}, text=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert message in done.stderr
+    done = run_ranks(recipe, f"run={straight}", override, absent=(1, 2, 3))
+    assert done.codes[0] == 2
+    assert message in done.output
 
 
 def test_a_mistake_under_the_launcher_is_said_once(recipe):

@@ -23,11 +23,16 @@ def run_verify(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=400)
 
 
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("verify"))
+
+
 # ---- layouts
 
 
-def test_layouts_of_a_recipe_are_certified_on_its_own_data(tmp_path):
-    recipe, result = write_recipe(tmp_path), tmp_path / "result.json"
+def test_layouts_of_a_recipe_are_certified_on_its_own_data(recipe, tmp_path):
+    result = tmp_path / "result.json"
     changes = ["data.infilling_rate=0.9", "data.document_masks=true", "batch.sequence_length=128"]
     layouts = ["--layout", "tp2 pp2 zero3 sp", "--layout", "pp2 v2 zero2 bf16", "--layout", "cp2 zero3 recompute=full"]
     done = run_verify(recipe, *changes, *layouts, "--scale", 1.5, "--steps", 3, "--json", result)
@@ -71,8 +76,7 @@ def broken(worlds, monkeypatch, capsys):
     return command
 
 
-def test_wrong_layouts_are_told(broken, tmp_path):
-    recipe = write_recipe(tmp_path)
+def test_wrong_layouts_are_told(broken, recipe):
     layouts = ["--layout", "tp2 pp2 zero1", "--layout", "dp2 zero3"]
     code, output = broken("mark_norm_owner", recipe, *layouts, "--steps", 2)
     assert code == 1
@@ -83,8 +87,8 @@ def test_wrong_layouts_are_told(broken, tmp_path):
     assert any(line.split()[:2] == ["dp2", "zero3"] and line.split()[-1] == "ok" for line in output.splitlines())
 
 
-def test_wrong_gradients_are_told(broken, tmp_path):
-    recipe, result = write_recipe(tmp_path), tmp_path / "result.json"
+def test_wrong_gradients_are_told(broken, recipe, tmp_path):
+    result = tmp_path / "result.json"
     few = ["--layout", "pp2 zero3", "batch.global_samples=4"]  # a pipeline that is all warm-up and cool-down
     code, output = broken("start_backward", recipe, *few, "--steps", 1, "--json", result)
     assert code == 1
@@ -95,8 +99,7 @@ def test_wrong_gradients_are_told(broken, tmp_path):
     assert not any("are right" in problem for problem in row["problems"])
 
 
-def test_ranks_that_raise_are_told(broken, tmp_path):
-    recipe = write_recipe(tmp_path)
+def test_ranks_that_raise_are_told(broken, recipe):
     layouts = ["--layout", "pp2 dp2 zero3", "--layout", "dp2 zero1"]
     code, output = broken("check_traces_within", recipe, *layouts, "--steps", 3)
     assert code == 1
@@ -105,12 +108,12 @@ def test_ranks_that_raise_are_told(broken, tmp_path):
     assert any(line.split()[:2] == ["dp2", "zero1"] and line.split()[-1] == "ok" for line in output.splitlines())
 
 
-def test_a_run_starts_from_a_checkpoint(broken, worlds, tmp_path):
+def test_a_run_starts_from_a_checkpoint(broken, recipe, tmp_path):
     """Both sides from the weights of checkpoint.start_from, not at random."""
-    recipe, result = write_recipe(tmp_path), tmp_path / "result.json"
+    result = tmp_path / "result.json"
     shape = ["model.hidden=64", "model.ffn=176", "model.layers=2", "model.init_std=0.1"]
     figures = []
-    for start in ([], [f"checkpoint.start_from={write_checkpoint(tmp_path, seed=3).folder}"]):
+    for start in ([], [f"checkpoint.start_from={write_checkpoint(recipe.parent, seed=3).folder}"]):
         given = [recipe, *shape, *start, "--layout", "tp2 zero1", "--steps", 1, "--json", result]
         assert broken("keep_leftovers", *given)[0] == 0  # of no matter under ZeRO-1
         figures.append(json.loads(result.read_text())["layouts"]["one_process"]["losses"])
@@ -120,8 +123,7 @@ def test_a_run_starts_from_a_checkpoint(broken, worlds, tmp_path):
 # ---- resume
 
 
-def test_a_resumed_run_is_certified_at_tp2_pp2_zero3_with_infilling(tmp_path):
-    recipe = write_recipe(tmp_path)
+def test_a_resumed_run_is_certified_at_tp2_pp2_zero3_with_infilling(recipe, tmp_path):
     result = tmp_path / "result.json"
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.zero=3", "data.infilling_rate=0.9"]
     given = [recipe, *layout, "--scale", 1.5, "--processes", 8, "--steps", 2, "--more", 2, "--json", result]
@@ -130,16 +132,15 @@ def test_a_resumed_run_is_certified_at_tp2_pp2_zero3_with_infilling(tmp_path):
     assert "equal bit for bit: loss, grad_norm, learning_rate, tokens of 4 steps, 16 files" in done.stdout
     expected = {"steps": 2, "more": 2, "processes": 8, "differences": [], "files": 16}
     assert json.loads(result.read_text()) == {"resume": expected}
-    assert not list(tmp_path.glob("run.verify.*"))
+    assert not list(recipe.parent.glob("run.verify.*"))
 
 
-def test_a_mistake_in_the_recipe_is_one_line(tmp_path):
-    recipe = write_recipe(tmp_path)
+def test_a_mistake_in_the_recipe_is_one_line(recipe):
     done = run_verify("--resume", recipe, "data.train=/nowhere/train")
     assert done.returncode == 2
     assert "/nowhere/train" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.glob("run.verify.*"))
+    assert not list(recipe.parent.glob("run.verify.*"))
 
 
 def write_run(run: Path, losses: list[float], seed: int) -> Path:

@@ -56,7 +56,7 @@ def write_recipe(folder: Path) -> Path:
         "optimizer": {"learning_rate": 3e-3},
         "schedule": {"steps": NUM_STEPS, "warmup_steps": 2},
         "checkpoint": {"every_steps": 4},
-        "logging": {"validate_every_steps": 4},
+        "logging": {"validate_every_steps": 4, "validation_samples": 16},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))

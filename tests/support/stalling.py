@@ -1,4 +1,4 @@
-"""Ranks of a run that are forked from a process with the libraries imported, one of which stops at a definite place."""
+"""Ranks of a run without a launcher, forked with the libraries imported; one may stop at a definite place."""
 
 import faulthandler
 import os
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from support.forking import forking
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Ended:
 
 def run_ranks(
     recipe: Path, *overrides: str, trap: Callable[[], None] | None = None, trapped: int = 0, world_size: int = 4,
-    absent: tuple[int, ...] = (), timeout_seconds: float = 80, own: dict[int, tuple[str, ...]] | None = None,
+    absent: tuple[int, ...] = (), timeout_seconds: float = 160, own: dict[int, tuple[str, ...]] | None = None,
 ) -> Ended:  # fmt: skip
     """Run `launchers/train.py` on each rank, without a launcher that would end the others.
 
@@ -49,7 +51,9 @@ def run_ranks(
         environment = {name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()}
         arguments = [str(recipe), *overrides, *(own or {}).get(rank, ())]
         mine = trap if rank == trapped else None
-        processes[rank] = forking().Process(target=_rank, args=(environment, arguments, str(log), mine))
+        processes[rank] = forking().Process(
+            target=_rank, args=(environment, arguments, str(log), timeout_seconds, mine)
+        )
         processes[rank].start()
     began = time.monotonic()
     codes: list[int | None] = [None] * world_size
@@ -62,12 +66,16 @@ def run_ranks(
     return Ended(codes, log.read_text(errors="replace"), time.monotonic() - began)
 
 
-def _rank(environment: dict[str, str], arguments: list[str], log: str, trap: Callable[[], None] | None) -> None:
+def _rank(
+    environment: dict[str, str], arguments: list[str], log: str, timeout_seconds: float,
+    trap: Callable[[], None] | None,
+) -> None:  # fmt: skip
     os.environ.update(environment)
+    os.chdir(ROOT)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    faulthandler.dump_traceback_later(75, exit=True)
+    faulthandler.dump_traceback_later(timeout_seconds - 5, exit=True)
     import sys
 
     from megacode.train.main import main

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -223,6 +224,21 @@ def test_a_host_that_is_gone_is_named_unless_one_of_its_ranks_says_why(tmp_path,
         message = f"host b (ranks 2-3) is gone, or the network to it ({reason})"
         assert (status["rank"], status["message"]) == (2, message)
         assert capsys.readouterr().err == f"rank 0 failed: {message}\n"
+
+
+def test_a_rank_that_is_not_to_tell_ends_after_it_was_told(tmp_path, monkeypatch):
+    """Else a slow teller would find it gone too, and could not say who was first."""
+    run = Run.__new__(Run)
+    run.folder, run.start, left = tmp_path, "x", []
+    run.stall = SimpleNamespace(leave_if_told=lambda wait_seconds: None, clear=lambda: None)
+    monkeypatch.setattr(os, "_exit", lambda code: left.append(has_failed(tmp_path, "x")))
+    thread = threading.Thread(target=run._peers_are_gone, args=([Peer(1, "a", 1, 0)], False))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    fail_status(tmp_path, 1, "rank 1 ended", None, "x")
+    thread.join(10)
+    assert left == [True]
 
 
 @pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("stopped", 75), ("running", 76)])
