@@ -101,10 +101,11 @@ class Job:
 
     def wait_for_step(self, more: int) -> None:
         """Wait until this start, which may have yet to begin, has done some steps."""
-        count = len(self.starts("begin"))
         begun = self.run / "starts.jsonl"
-        self.wait(lambda: begun.exists() and len(begun.read_text().splitlines()) >= count)
-        first = json.loads(begun.read_text().splitlines()[-1])["step"]
+        self.wait(lambda: bool(self.starts("begin")))
+        job_began = self.starts("begin")[-1]["unix_time"]
+        self.wait(lambda: begun.exists() and _last(begun)["unix_time"] > job_began)
+        first = _last(begun)["step"]
         self.wait(lambda: self.step() >= first + more)
 
     def wait_for_start(self, number: int) -> None:
@@ -126,6 +127,11 @@ class Job:
         logs = sorted(self.run.rglob("*.txt"))
         texts = [f"== {log}\n{log.read_text(errors='replace')[-2000:]}" for log in logs]
         return "\n".join([self.cluster.run("squeue"), *texts, self.cluster.log("slurmctld")])
+
+
+def _last(file: Path) -> dict:
+    """The last line of a file of JSON lines that may be growing."""
+    return json.loads(file.read_text().rpartition("\n")[0].splitlines()[-1])
 
 
 @contextmanager
