@@ -69,8 +69,9 @@ class Job:
         self.number = line.split()[1].rstrip(":")
 
     def state(self) -> str:
-        """As squeue says it; empty once the job has left."""
-        return self.cluster.run("squeue", "--noheader", f"--jobs={self.number}", "--format=%T", check=False).strip()
+        """As squeue says it; empty where it gets no answer, on a busy machine."""
+        command = ("squeue", "--noheader", "--states=all", f"--jobs={self.number}", "--format=%T")
+        return self.cluster.run(*command, check=False).strip()
 
     def log(self) -> str:
         """What the batch script has printed, in all starts."""
@@ -97,7 +98,7 @@ class Job:
 
     def over(self) -> bool:
         """Whether the job will not run any more."""
-        return self.state() in ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        return self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
     def wait_for_step(self, more: int) -> None:
         """Wait until this start, which may have yet to begin, has done some steps."""
