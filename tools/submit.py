@@ -19,7 +19,7 @@ from megacode.plan.hardware import HARDWARE
 from megacode.plan.layout import Layout, fit
 from megacode.plan.memory import recipe_job, worst_stage
 from megacode.plan.model import num_parameters
-from megacode.plan.search import apply, search
+from megacode.plan.search import Choice, apply, search
 from megacode.plan.units import GIB, size
 from megacode.recipe import Recipe
 from megacode.submit import job as jobs
@@ -97,9 +97,7 @@ def submit(
         typer.echo(f"the recipe's layout does not fit: {reason}\nchanged: {', '.join(changed)}")
     needed = worst_stage(recipe_job(planned, layout)).total_bytes
     if needed > limit_bytes:
-        typer.echo(
-            f"warning: a GPU needs {size(needed)} of {size(limit_bytes)} by the plan; see megacode plan {recipe}"
-        )
+        typer.echo(f"warning: by the plan a GPU needs {size(needed)} of {size(limit_bytes)}; see megacode plan")
     if dry_run:
         command = jobs.sbatch_command(request, run.absolute(), jobs.SCRIPT, Path("RECIPE_COPY"))
         typer.echo(shlex.join(command))
@@ -134,7 +132,7 @@ def _open(config: Recipe) -> Recipe:
 def _fitting_changes(
     planned: Recipe, nodes: int, tasks: int, device: Device, limit_bytes: float
 ) -> tuple[dict[str, Any], str]:
-    """What to change of the recipe, and why: as few keys as can be, and of such layouts the quickest.
+    """What to change of the recipe, and why: `parallel` as little as can be, and of such layouts the quickest.
 
     Raises:
         UserError: no layout fits.
@@ -150,13 +148,17 @@ def _fitting_changes(
     if not found.fitting:
         why = min(found.rejected.values(), key=lambda rejection: -rejection.count).reason
         raise UserError(f"no layout fits {nodes} x {tasks} processes: {why}; megacode plan --search tells more")
-    best = min(found.fitting, key=lambda choice: len(_differences(planned, choice.changes)))
-    return best.changes, reason
+
+    def distance(choice: Choice) -> tuple[int, int]:
+        keys = _differences(planned, choice.changes)
+        return sum(key.startswith("parallel.") for key in keys), len(keys)
+
+    return min(found.fitting, key=distance).changes, reason
 
 
 def _differences(config: Recipe, changes: dict[str, Any]) -> list[str]:
     """The keys that changes alter, as `key.path old -> new`."""
-    before, after = config.model_dump(), apply(config, changes).model_dump()
+    before, after = (_dump(each) for each in (config, apply(config, changes)))
     lines = []
     for key, value in changes.items():
         names = [f"{key}.{name}" for name in value] if isinstance(value, dict) else [key]
@@ -166,6 +168,13 @@ def _differences(config: Recipe, changes: dict[str, Any]) -> list[str]:
             if old != new:
                 lines.append(f"{path} {_word(old)} -> {_word(new)}")
     return lines
+
+
+def _dump(config: Recipe) -> dict[str, Any]:
+    """Sections and keys; policies that are left out are those that they stand for."""
+    values, parallel = config.model_dump(), config.parallel
+    values["parallel"] |= {"gather": parallel.gather_policy, "reduce": parallel.reduce_policy}
+    return values
 
 
 def _word(value: Any) -> str:

@@ -42,6 +42,8 @@ class Ending:
     restarts: int
     """How often the job has been started again."""
     max_restarts: int
+    state: str
+    """The job's, as squeue says it: one that is cancelled must not come back."""
 
 
 def decide(ending: Ending) -> tuple[int, str]:
@@ -68,6 +70,8 @@ def decide(ending: Ending) -> tuple[int, str]:
     if ending.restarts >= ending.max_restarts:
         mend = "submit it again, with a higher --max-restarts if need be"
         return GIVEN_UP, f"{what}; not started again: it was {ending.restarts} times already; {mend}"
+    if ending.state != "RUNNING":
+        return STOPPED, f"{what}; not started again: SLURM calls the job {ending.state or 'unknown'}; submit it again"
     return AGAIN, f"{what}; it goes on from step {ending.step}"
 
 
@@ -106,14 +110,15 @@ def begin(run: Path, job: str, restarts: int, max_restarts: int) -> Path:
     return logs
 
 
-def end(run: Path, job: str, restarts: int, max_restarts: int, asked: bool) -> tuple[int, str]:
+def end(run: Path, job: str, restarts: int, max_restarts: int, state: str, asked: bool) -> tuple[int, str]:
     """What `decide` says of the start that `begin` has noted last; noted too."""
     began = next(line for line in reversed(_lines(run)) if line["job"] == job and line["event"] == "begin")
     status = read_status(run)
     if status is not None and [status.get(key) for key in _IDENTITY] == began["status"]:
         status = None  # an earlier start has left it
-    code, reason = decide(Ending(began["step"], newest_step(run), status, asked, restarts, max_restarts))
-    facts = {"event": "end", "step": newest_step(run), "asked": asked, "again": code == AGAIN, "reason": reason}
+    ending = Ending(began["step"], newest_step(run), status, asked, restarts, max_restarts, state)
+    code, reason = decide(ending)
+    facts = {"event": "end", "step": ending.step, "asked": asked, "again": code == AGAIN, "reason": reason}
     _note(run, job, restarts, facts)
     return code, reason
 
@@ -146,6 +151,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("moment", choices=["begin", "end"])
     parser.add_argument("--max-restarts", type=int, required=True)
     parser.add_argument("--asked", action="store_true", help="SLURM has asked the job to end")
+    parser.add_argument("--state", default="", help="what squeue calls the job now")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
@@ -155,7 +161,7 @@ def main(arguments: list[str]) -> int:
         if options.moment == "begin":
             print(begin(run, job, restarts, options.max_restarts))
             return 0
-        code, reason = end(run, job, restarts, options.max_restarts, options.asked)
+        code, reason = end(run, job, restarts, options.max_restarts, options.state, options.asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

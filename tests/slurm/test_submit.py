@@ -86,9 +86,9 @@ def test_a_run_that_much_interrupts_is_the_same_bit_for_bit(submit, straight):
     assert logs == [f"job_{job.number}_{number}" for number in range(4)]
 
 
-def test_the_time_limit_and_the_limit_on_restarts(submit):
+def test_a_time_limit_then_a_cancellation_then_other_nodes(submit):
     run = submit.recipe.parent / "limited"
-    options = ["schedule.steps=1000000", "parallel.pipeline=2", "--max-restarts", "1"]
+    options = ["schedule.steps=1000000", "parallel.pipeline=2"]
     with ending(submit(run, "--time", "1", "--signal-seconds", "60", *options)) as job:
         job.wait(lambda: len(job.starts("end")) == 1)
         (end,) = job.starts("end")
@@ -96,24 +96,28 @@ def test_the_time_limit_and_the_limit_on_restarts(submit):
         assert end["step"] > 0
         job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
         job.wait_for_start(1)
-        assert job.starts("begin")[1]["step"] == end["step"]
+        job.wait_for_step(1)
+        assert job.starts("begin")[1]["step"] == end["step"], "no step is lost"
+        job.cluster.run("scancel", job.number)
+        assert job.wait_for_end() == "CANCELLED"
+        job.wait(lambda: len(job.starts("end")) == 2)
+    cancelled = job.starts("end")[1]
+    assert not cancelled["again"]
+    assert "not started again: SLURM calls the job COMPLETING" in cancelled["reason"]
+    saved = cancelled["step"]
+    assert saved > end["step"], "there is time to save"
+
+    # Half the nodes: the recipe's two stages do not fit, one does. And deepspeed's launcher is asked to stop.
+    with ending(submit(run, *options, "--launcher", "deepspeed", "--max-restarts", "0", nodes=1)) as job:
+        assert "changed: parallel.pipeline 2 -> 1" in job.output
+        assert f"goes on from step {saved}" in job.output
         job.wait_for_step(1)
         job.signal_batch()
         assert job.wait_for_end() == "FAILED"
-        assert "not started again: it was 1 times already" in job.log()
-    saved = job.starts("end")[1]["step"]
-    assert saved > end["step"]
-
-    # Half the nodes: the recipe's two stages do not fit, one does.
-    with ending(submit(run, *options, nodes=1)) as job:
-        assert "changed: parallel.pipeline 2 -> 1" in job.output
-        assert f"goes on from step {saved}" in job.output
-        job.wait_for_step(2)
-        job.cluster.run("scancel", job.number)
-        assert job.wait_for_end() == "CANCELLED"
-    assert json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["step"] == saved
-    assert len(job.starts("begin")) == 1
-    print(job.everything())
+    last = json.loads((run / "starts.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["layout"]["pipeline"]) == (saved, 1)
+    assert job.starts("end")[0]["step"] > saved
+    assert "saved; not started again: it was 0 times already" in job.log()
 
 
 def test_a_stall_is_told_and_no_start_follows_that_would_gain_nothing(submit):
@@ -128,3 +132,21 @@ def test_a_stall_is_told_and_no_start_follows_that_would_gain_nothing(submit):
     assert f"the run failed ({message}); not started again: no step was gained since step 0" in job.log()
     assert len(list((run / "stacks").iterdir())) == 2
     assert "who " in (run / "logs" / f"job_{job.number}_0" / "rank_00001.txt").read_text()
+
+
+def test_what_is_asked_for_and_what_is_refused(submit, clusters):
+    one = Submitter(clusters(1, 2, 4), submit.recipe)
+    run = submit.recipe.parent / "asked"
+    with ending(one(run, "--gpus-per-node", "2", "--sbatch", "hold", "--sbatch", "mem=10", nodes=1)) as job:
+        asked = one.cluster.run("scontrol", "show", "job", job.number)
+        assert "JobState=PENDING Reason=JobHeldUser" in asked
+        assert "TresPerNode=gres:gpu:2" in asked
+        assert "MinMemoryNode=10M" in asked
+        refused = one.start(run, nodes=1)
+        assert refused.returncode == 2
+        assert f"error: run: the job {job.number} of {run} is pending still; wait for it, end it" in refused.stderr
+    refused = one.start(run, "--partition", "nowhere", nodes=1)
+    assert refused.returncode == 2
+    assert "error: sbatch refused: " in refused.stderr
+    assert "invalid partition specified: nowhere" in refused.stderr
+    assert len([path for path in (run / "slurm").iterdir() if path.is_dir()]) == 1

@@ -69,8 +69,9 @@ class Job:
         self.number = line.split()[1].rstrip(":")
 
     def state(self) -> str:
-        """As squeue says it; empty once the job has left."""
-        return self.cluster.run("squeue", "--noheader", f"--jobs={self.number}", "--format=%T", check=False).strip()
+        """As squeue says it; empty where it gets no answer, on a busy machine."""
+        command = ("squeue", "--noheader", "--states=all", f"--jobs={self.number}", "--format=%T")
+        return self.cluster.run(*command, check=False).strip()
 
     def log(self) -> str:
         """What the batch script has printed, in all starts."""
@@ -97,14 +98,15 @@ class Job:
 
     def over(self) -> bool:
         """Whether the job will not run any more."""
-        return self.state() in ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        return self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
     def wait_for_step(self, more: int) -> None:
         """Wait until this start, which may have yet to begin, has done some steps."""
-        count = len(self.starts("begin"))
         begun = self.run / "starts.jsonl"
-        self.wait(lambda: begun.exists() and len(begun.read_text().splitlines()) >= count)
-        first = json.loads(begun.read_text().splitlines()[-1])["step"]
+        self.wait(lambda: bool(self.starts("begin")))
+        job_began = self.starts("begin")[-1]["unix_time"]
+        self.wait(lambda: begun.exists() and _last(begun)["unix_time"] > job_began)
+        first = _last(begun)["step"]
         self.wait(lambda: self.step() >= first + more)
 
     def wait_for_start(self, number: int) -> None:
@@ -126,6 +128,11 @@ class Job:
         logs = sorted(self.run.rglob("*.txt"))
         texts = [f"== {log}\n{log.read_text(errors='replace')[-2000:]}" for log in logs]
         return "\n".join([self.cluster.run("squeue"), *texts, self.cluster.log("slurmctld")])
+
+
+def _last(file: Path) -> dict:
+    """The last line of a file of JSON lines that may be growing."""
+    return json.loads(file.read_text().rpartition("\n")[0].splitlines()[-1])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megacode.errors import UserError
-from megacode.train.launch import Place, find_device, find_place, start_process_group
+from megacode.train.launch import Place, find_device, find_interface, find_place, start_process_group
 
 
 @pytest.fixture
@@ -43,6 +43,30 @@ def test_srun(environment):
     assert environment["WORLD_SIZE"] == "16"
 
 
+@pytest.mark.parametrize(
+    ("counts", "sizes"), [("2(x2)", [2, 2]), ("2,1", [2, 1]), ("1,3(x2),2", [1, 3, 3, 2]), ("8", [8])]
+)
+def test_nodes_of_different_sizes(environment, counts, sizes):
+    for node, size in enumerate(sizes):
+        environment.clear()
+        environment |= {
+            "SLURM_STEP_NUM_TASKS": str(sum(sizes)), "SLURM_PROCID": str(sum(sizes[:node])), "SLURM_LOCALID": "0",
+            "SLURM_STEP_TASKS_PER_NODE": counts, "SLURM_NODEID": str(node), "MASTER_ADDR": "node1",
+        }  # fmt: skip
+        assert find_place() == Place(sum(sizes[:node]), 0, sum(sizes), size)
+
+
+def test_the_interface_that_leads_to_an_address():
+    assert find_interface("127.0.0.1") == find_interface("localhost") == "lo"
+    assert find_interface("nowhere.invalid") is None
+
+
+def test_a_name_that_means_this_machine_to_itself_only_tells_nothing(monkeypatch):
+    real = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: real(self, ("127.0.1.1", address[1])))
+    assert find_interface("node1") is None
+
+
 def test_a_batch_script_is_no_srun_step(environment):
     environment |= {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}
     assert find_place() == Place(0, 0, 1, 1)
@@ -54,6 +78,10 @@ def test_the_device(environment, monkeypatch):
     assert find_device(Place(5, 1, 8, 2)) == torch.device("cuda", 1)
     with pytest.raises(UserError, match="8 processes were started here and there are 2 GPUs"):
         find_device(Place(2, 2, 8, 8))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    environment["SLURM_GPUS_PER_TASK"] = "1"
+    with pytest.raises(UserError, match="one GPU that the others do not see"):
+        find_device(Place(5, 1, 8, 2))
     environment["DS_ACCELERATOR"] = "cpu"
     assert find_device(Place(2, 2, 8, 8)) == torch.device("cpu")
 

@@ -1,0 +1,123 @@
+"""`megacode submit` before anything is sent: what is refused, which layout is taken, which command goes out."""
+
+import shlex
+import sys
+
+import pytest
+import typer
+from support.submitting import write_small_recipe
+from typer.testing import CliRunner
+
+from megacode.errors import UserError
+from megacode.submit import job as jobs
+from megacode.tools.submit import submit
+
+APP = typer.Typer()
+APP.command()(submit)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_small_recipe(tmp_path_factory.mktemp("submit"), steps=9)
+
+
+@pytest.fixture
+def run(recipe, tmp_path):
+    """Calls the command without sending anything; the lines that it prints."""
+
+    def call(*arguments, dry=True):
+        options = ["--dry-run"] if dry else []
+        done = CliRunner().invoke(APP, [str(recipe), f"run={tmp_path}/run", *options, *map(str, arguments)])
+        if isinstance(done.exception, UserError):
+            raise done.exception
+        assert done.exit_code == 0, done.output
+        return done.output.splitlines()
+
+    return call
+
+
+def test_the_command(run, tmp_path):
+    options = [
+        "--time",
+        "8:00:00",
+        "--partition",
+        "p",
+        "--account",
+        "lab",
+        "--sbatch",
+        "exclusive",
+        "--sbatch",
+        "mem=0",
+    ]
+    first, command = run("--nodes", 2, "--gpus-per-node", 4, *options)
+    assert first == "2 x 4 processes: pipeline 1 x data 8 x context 1 x tensor 1, 1 micro-batches; starts at step 0"
+    words = shlex.split(command)
+    assert words[0] == "sbatch"
+    variables = f"MEGACODE_PYTHON={sys.executable},MEGACODE_LAUNCHER=srun,MEGACODE_MAX_RESTARTS=100"
+    assert set(words[1:-2]) == {
+        "--parsable", "--job-name=run", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--signal=B:USR1@300",
+        f"--output={tmp_path}/run/slurm/job_%j.txt", f"--export=ALL,{variables}", "--time=8:00:00", "--partition=p",
+        "--account=lab", "--exclusive", "--mem=0",
+    }  # fmt: skip
+    assert words[-2] == str(jobs.SCRIPT)
+    assert not (tmp_path / "run").exists(), "a dry run writes nothing"
+
+
+def test_on_cpus(run):
+    _, command = run("--nodes", 2, "--gpus-per-node", 0, "--tasks-per-node", 2, "--launcher", "deepspeed")
+    assert "--ntasks-per-node=2" in command
+    assert "--gpus" not in command
+    assert "MEGACODE_LAUNCHER=deepspeed,MEGACODE_MAX_RESTARTS=100,DS_ACCELERATOR=cpu" in command
+
+
+@pytest.mark.parametrize(
+    ("processes", "override", "changed"),
+    [
+        (16, "", "batch.micro_samples 2 -> 1"),
+        (3, "parallel={pipeline: 3, stages: [1, 2, 1]}", None),
+        (1, "parallel={pipeline: 3, stages: [1, 2, 1]}", "parallel.pipeline 3 -> 1, parallel.stages [1, 2, 1] -> even"),
+        (2, "parallel={tensor: 4, sequence: true}", "parallel.tensor 4 -> 2"),
+        (12, "parallel={pipeline: 2, virtual_stages: 2, zero: 3}",
+         "parallel.pipeline 2 -> 3, parallel.virtual_stages 2 -> 1"),
+    ],
+)  # fmt: skip
+def test_the_nearest_layout_is_taken(run, processes, override, changed):
+    lines = run("--nodes", processes, "--gpus-per-node", 1, *filter(None, [override]))
+    told = [line for line in lines if line.startswith("changed: ")]
+    assert len(told) == (changed is not None)
+    assert told in ([f"changed: {changed}"], [])
+    assert sum(line.startswith("the recipe's layout does not fit: ") for line in lines) == len(told)
+
+
+def test_memory_that_is_too_small_is_told(run):
+    sizes = ["batch.global_samples=1048576", "batch.micro_samples=1048576"]
+    _, warning, _ = run("--nodes=1", "--gpus-per-node=1", *sizes)
+    assert warning.startswith("warning: by the plan a GPU needs ")
+    assert not any("warning" in line for line in run("--nodes=1", "--gpus-per-node=0", *sizes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["schedule.step=3"], "unknown key; did you mean steps?"),
+        (["tokenizer.path=/nowhere/t.model"], "/nowhere/t.model"),
+        (["model.vocabulary=7"], "model.vocabulary is 7 and the tokenizer"),
+        (["data.train=/nowhere/train"], "/nowhere/train"),
+        (["data.valid=/nowhere/valid"], "/nowhere/valid"),
+        (["checkpoint.start_from=/nowhere/c"], "checkpoint.start_from: there is no folder /nowhere/c"),
+        (["--tasks-per-node=2"], "--tasks-per-node is for CPUs"),
+        (["--gpus-per-node=7"], "no layout fits 1 x 7 processes: "),
+        (["--gpus-per-node=1", "model.hidden=1048576"], "run: a checkpoint takes "),
+    ],
+)
+def test_a_mistake_is_one_line(run, arguments, message):
+    with pytest.raises(UserError, match=message) as told:
+        run("--nodes=1", *arguments)
+    assert "\n" not in str(told.value)
+
+
+def test_without_slurm(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs sbatch, squeue, scontrol, scancel on PATH"):
+        run("--nodes=1", "--gpus-per-node=1", dry=False)
+    assert not (tmp_path / "run").exists()
