@@ -5,7 +5,20 @@ import sys
 import typer
 
 from megacode.errors import UserError
-from megacode.tools import convert, data, demo, doctor, generate, plan, prepare, report, schedule, tokenizer, verify
+from megacode.tools import (
+    checkpoint,
+    convert,
+    data,
+    demo,
+    doctor,
+    generate,
+    plan,
+    prepare,
+    report,
+    schedule,
+    tokenizer,
+    verify,
+)
 
 app = typer.Typer(
     help="megacode: train code language models of the Code Llama family.",
@@ -16,6 +29,7 @@ app = typer.Typer(
 app.command()(prepare.prepare)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(convert.app, name="convert")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 app.command()(generate.generate)
 app.command()(plan.plan)

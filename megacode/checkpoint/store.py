@@ -7,6 +7,7 @@ own: to host memory, and from there to files) and `finish` (the manifest, and th
 in a row; a run copies, trains on, and writes meanwhile.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -240,8 +241,11 @@ def _complete(folder: Path, recipe: Recipe, progress: Progress, reports: list[Re
     for name, entry in files.items():
         if (size := (partial / name).stat().st_size) != entry["bytes"]:
             raise OSError(f"{partial / name} has {size} bytes where {entry['bytes']} were written")
+    tokenizer = Path(recipe.tokenizer.path).read_bytes()
+    files["tokenizer.model"] = {"bytes": len(tokenizer), "sha256": hashlib.sha256(tokenizer).hexdigest()}
     manifest = {
         "format": FORMAT,
+        "world_size": len(reports),
         "progress": asdict(progress),
         "model": recipe.model.model_dump(mode="json"),
         "precision": recipe.precision,
@@ -251,7 +255,7 @@ def _complete(folder: Path, recipe: Recipe, progress: Progress, reports: list[Re
         "tensors": {name: tensors[name] for name in sorted(tensors, key=global_order)},
     }
     recipe.save(partial / "recipe.yaml")
-    shutil.copyfile(recipe.tokenizer.path, partial / "tokenizer.model")
+    (partial / "tokenizer.model").write_bytes(tokenizer)
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     sync(*(partial / name for name in ("recipe.yaml", "tokenizer.model", "manifest.json")), partial)
     os.replace(partial, folder)
