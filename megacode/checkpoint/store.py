@@ -108,6 +108,7 @@ class Share:
 
     Attributes:
         num_bytes: of that memory.
+        values: (global name, "weight" or a state) -> what was copied last.
     """
 
     def __init__(self, parts: dict[str, Slice], writer: Writer, pinned: bool = False) -> None:
@@ -129,8 +130,8 @@ class Share:
             torch.cuda.check_error(int(error))
         pieces = memory.split([math.prod(shape) for shape in shapes.values() for _ in KEYS])
         places = [(name, key) for name in shapes for key in KEYS]
-        self._values = {place: piece.view(shapes[place[0]]) for place, piece in zip(places, pieces, strict=True)}
-        self._pieces = [(name, key, keepers[name], self._values.get((name, key))) for name in kept for key in KEYS]
+        self.values = {place: piece.view(shapes[place[0]]) for place, piece in zip(places, pieces, strict=True)}
+        self._pieces = [(name, key, keepers[name], self.values.get((name, key))) for name in kept for key in KEYS]
 
     def copy(self, gather: Gather) -> None:
         """Copy this moment's values to the host. Collective; what was there must have been written."""
@@ -152,7 +153,7 @@ class Share:
             for kind, keys in (("weights", ("weight",)), ("optimizer", STATES)):
                 path = partial / f"{kind}_{self.rank:05d}.safetensors"
                 tensors = {
-                    (name if key == "weight" else f"{name}.{key}"): self._values[name, key]
+                    (name if key == "weight" else f"{name}.{key}"): self.values[name, key]
                     for name in self.tensors
                     for key in keys
                 }
