@@ -292,7 +292,8 @@ class CheckpointSection(Section):
     keep_every: int | None = Field(default=None, gt=0)
     """Beside keep_last: those of the multiples of this step are kept, too."""
     start_from: str | None = None
-    """A checkpoint folder whose weights a new run starts from (not its optimizer nor its data position)."""
+    """A new stage: a checkpoint folder, of a run or converted, whose weights a new run starts from. Optimizer, schedule
+    and data begin anew; model.rope_theta, model.max_positions and the sequence length may be others."""
 
     @model_validator(mode="after")
     def _check(self) -> "CheckpointSection":
