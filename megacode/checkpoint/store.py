@@ -179,7 +179,8 @@ def begin(folder: Path, writer: Writer, must_hold: Path | None = None) -> None:
     Args:
         folder: the checkpoint's.
         writer: this rank's place.
-        must_hold: a file that must be there: where a disk was unmounted, its folder may lie on another one.
+        must_hold: a file that must be there: what is gone (a disk unmounted, a run folder removed) must not come up
+            again somewhere else.
 
     Raises:
         UserError: it can't be made; raised on every rank.
@@ -191,8 +192,7 @@ def begin(folder: Path, writer: Writer, must_hold: Path | None = None) -> None:
             must_hold.stat()
         if partial.exists():
             shutil.rmtree(partial)
-        partial.parent.mkdir(exist_ok=True)  # but not the run folder: what is gone must not come up on another disk
-        partial.mkdir()
+        partial.mkdir(parents=True)
 
     _agree(writer, folder, _try(make, partial) if writer.rank == 0 else None)
 

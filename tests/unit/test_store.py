@@ -74,17 +74,12 @@ def test_a_disk_that_is_unmounted_while_a_checkpoint_is_written(disk):
     assert not (disk / "checkpoints").exists(), "nothing may come up on the disk below"
 
 
-def test_a_run_folder_that_is_not_the_runs_is_not_written_to(tmp_path):
+@pytest.mark.parametrize("name", [".", "gone"])
+def test_a_run_folder_that_is_not_the_runs_or_gone_is_not_written_to(tmp_path, name):
+    run = tmp_path / name
     with pytest.raises(UserError, match=r"recipe.yaml: No such file or directory; bring its disk back"):
-        begin(step_folder(tmp_path, 1), ALONE, must_hold=tmp_path / "recipe.yaml")
+        begin(step_folder(run, 1), ALONE, must_hold=run / "recipe.yaml")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_run_folder_that_is_removed(tmp_path):
-    run = tmp_path / "run"
-    with pytest.raises(UserError, match=r"checkpoints: No such file or directory; bring its disk back"):
-        begin(step_folder(run, 1), ALONE)
-    assert not run.exists()
 
 
 def test_a_file_that_is_shorter_than_what_was_written_is_no_checkpoint(tmp_path):
