@@ -210,8 +210,8 @@ def measure(folder: Path, processes: int, layouts: list[dict[str, Any]], hidden:
                 found["dd_write"], found["dd_read"] = dd(run, processes, int(found["share"]))
                 best = found if number <= 1 else {key: min(best[key], found[key]) for key in best}
             team.stop()
-        seconds = {f"{key}_seconds": best[key] for key in SECONDS}
-        sizes = {f"{key}_bytes": int(best[key]) for key in ("share", "extra", "largest")}
+        seconds: dict[str, Any] = {f"{key}_seconds": best[key] for key in SECONDS}
+        sizes: dict[str, Any] = {f"{key}_bytes": int(best[key]) for key in ("share", "extra", "largest")}
         rows.append(Row(f"{processes} x {layout_words(parallel)}", int(best["bytes"]), **sizes, **seconds))
     return rows
 
