@@ -2,6 +2,7 @@
 
 import math
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,8 +124,8 @@ def _facts(reader: "CheckpointReader") -> dict[str, Any]:
     return {
         "checkpoint": str(reader.folder),
         "step": reader.step,
-        "progress": manifest["progress"],
-        "model": manifest["model"],
+        "progress": asdict(reader.progress),
+        "model": reader.model.model_dump(mode="json"),
         "num_parameters": sum(math.prod(entry["shape"]) for entry in manifest["tensors"].values()),
         "precision": reader.precision,
         "dtype": manifest.get("dtype", "fp32"),
