@@ -6,6 +6,7 @@ import typer
 
 from megacode.errors import UserError
 from megacode.tools import (
+    checkpoint,
     convert,
     data,
     demo,
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(prepare.prepare)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(convert.app, name="convert")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 app.command()(generate.generate)
 app.command()(plan.plan)

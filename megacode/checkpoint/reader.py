@@ -6,6 +6,7 @@ manifest's affair. Nothing here runs a pickle.
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ STATES = ("exp_avg", "exp_avg_sq")
 """What the optimizer keeps of each parameter, fp32."""
 OPTIMIZER = "adamw"
 """Whose states these are."""
+_READ_BYTES = 8 * 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -168,20 +170,40 @@ class CheckpointReader:
         Raises:
             UserError: a file is missing, shortened or altered.
         """
-        for number, (name, entry) in enumerate(sorted(self.manifest["files"].items())):
+        for problem in self.damage(share, shares):
+            raise UserError(f"{problem}; remove the folder to go on from an earlier one")
+
+    def damage(
+        self, share: int = 0, shares: int = 1, advance: Callable[[int], None] = lambda count: None
+    ) -> Iterator[str]:
+        """What is wrong with the files, one after the other; of every `shares`-th file the checksum too.
+
+        Args:
+            share, shares: which files are hashed here.
+            advance: told of bytes that have been hashed.
+        """
+        files: dict[str, Any] = self.manifest["files"]
+        kinds = ("weights", "optimizer") if self.optimizer else ("weights",)
+        ranks = {piece["rank"] for entry in self.manifest["tensors"].values() for piece in entry["slices"]}
+        needed = [f"{kind}_{rank:05d}.safetensors" for kind in kinds for rank in sorted(ranks)]
+        yield from (f"{self.folder}/manifest.json names no {name}" for name in needed if name not in files)
+        for number, (name, entry) in enumerate(sorted(files.items())):
             path = self.folder / name
-            if not path.is_file():
-                raise UserError(f"{path} is missing; remove the folder to go on from an earlier one")
-            if path.stat().st_size != entry["bytes"]:
-                raise UserError(
-                    f"{path} has not the size that it was written with; remove the folder to go on from an earlier one"
-                )
-            if number % shares == share and _sha256(path) != entry["sha256"]:
-                raise UserError(
-                    f"{path} is damaged (its checksum differs); remove the folder to go on from an earlier one"
-                )
+            try:
+                if not path.is_file():
+                    yield f"{path} is missing"
+                elif path.stat().st_size != entry["bytes"]:
+                    yield f"{path} has not the size that it was written with"
+                elif number % shares == share and _sha256(path, advance) != entry["sha256"]:
+                    yield f"{path} is damaged (its checksum differs)"
+            except OSError as error:
+                yield f"{path} cannot be read ({error.strerror})"
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, advance: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+            advance(len(data))
+    return digest.hexdigest()

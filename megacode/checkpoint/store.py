@@ -7,6 +7,7 @@ own: to host memory, and from there to files) and `finish` (the manifest, and th
 in a row; a run copies, trains on, and writes meanwhile.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -107,6 +108,7 @@ class Share:
 
     Attributes:
         num_bytes: of that memory.
+        values: (global name, "weight" or a state) -> what was copied last.
     """
 
     def __init__(self, parts: dict[str, Slice], writer: Writer, pinned: bool = False) -> None:
@@ -128,8 +130,8 @@ class Share:
             torch.cuda.check_error(int(error))
         pieces = memory.split([math.prod(shape) for shape in shapes.values() for _ in KEYS])
         places = [(name, key) for name in shapes for key in KEYS]
-        self._values = {place: piece.view(shapes[place[0]]) for place, piece in zip(places, pieces, strict=True)}
-        self._pieces = [(name, key, keepers[name], self._values.get((name, key))) for name in kept for key in KEYS]
+        self.values = {place: piece.view(shapes[place[0]]) for place, piece in zip(places, pieces, strict=True)}
+        self._pieces = [(name, key, keepers[name], self.values.get((name, key))) for name in kept for key in KEYS]
 
     def copy(self, gather: Gather) -> None:
         """Copy this moment's values to the host. Collective; what was there must have been written."""
@@ -151,7 +153,7 @@ class Share:
             for kind, keys in (("weights", ("weight",)), ("optimizer", STATES)):
                 path = partial / f"{kind}_{self.rank:05d}.safetensors"
                 tensors = {
-                    (name if key == "weight" else f"{name}.{key}"): self._values[name, key]
+                    (name if key == "weight" else f"{name}.{key}"): self.values[name, key]
                     for name in self.tensors
                     for key in keys
                 }
@@ -177,7 +179,8 @@ def begin(folder: Path, writer: Writer, must_hold: Path | None = None) -> None:
     Args:
         folder: the checkpoint's.
         writer: this rank's place.
-        must_hold: a file that must be there: where a disk was unmounted, its folder may lie on another one.
+        must_hold: a file that must be there: what is gone (a disk unmounted, a run folder removed) must not come up
+            again somewhere else.
 
     Raises:
         UserError: it can't be made; raised on every rank.
@@ -189,8 +192,7 @@ def begin(folder: Path, writer: Writer, must_hold: Path | None = None) -> None:
             must_hold.stat()
         if partial.exists():
             shutil.rmtree(partial)
-        partial.parent.mkdir(exist_ok=True)  # but not the run folder: what is gone must not come up on another disk
-        partial.mkdir()
+        partial.mkdir(parents=True)
 
     _agree(writer, folder, _try(make, partial) if writer.rank == 0 else None)
 
@@ -240,8 +242,11 @@ def _complete(folder: Path, recipe: Recipe, progress: Progress, reports: list[Re
     for name, entry in files.items():
         if (size := (partial / name).stat().st_size) != entry["bytes"]:
             raise OSError(f"{partial / name} has {size} bytes where {entry['bytes']} were written")
+    tokenizer = Path(recipe.tokenizer.path).read_bytes()
+    files["tokenizer.model"] = {"bytes": len(tokenizer), "sha256": hashlib.sha256(tokenizer).hexdigest()}
     manifest = {
         "format": FORMAT,
+        "world_size": len(reports),
         "progress": asdict(progress),
         "model": recipe.model.model_dump(mode="json"),
         "precision": recipe.precision,
@@ -252,7 +257,7 @@ def _complete(folder: Path, recipe: Recipe, progress: Progress, reports: list[Re
         "tensors": {name: tensors[name] for name in sorted(tensors, key=global_order)},
     }
     recipe.save(partial / "recipe.yaml")
-    shutil.copyfile(recipe.tokenizer.path, partial / "tokenizer.model")
+    (partial / "tokenizer.model").write_bytes(tokenizer)
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     sync(*(partial / name for name in ("recipe.yaml", "tokenizer.model", "manifest.json")), partial)
     os.replace(partial, folder)

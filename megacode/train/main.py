@@ -220,7 +220,7 @@ class Run:
             self.stall.leave_if_told()
             if self.watch is not None:
                 self.watch.stop()
-            if isinstance(error, OSError) and Path(error.filename or "").is_relative_to(self.folder):
+            if isinstance(error, OSError) and Path(str(error.filename)).is_relative_to(self.folder):
                 error = UserError(f"{explain(error, self.folder)}, then start again")
             if isinstance(error, UserError):
                 code = self._tell_mistake(error)

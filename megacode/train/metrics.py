@@ -146,6 +146,9 @@ def write_status(run: Path, outcome: str, **values: Any) -> None:
     try:
         temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, run / "status.json")
+    except OSError as error:
+        error.filename = str(run / "status.json")  # what could not be written: the error of a write names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -81,6 +81,11 @@ class Saver:
         self._told_of_waiting = False
         self._pruning: threading.Thread | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._save is not None
+
     def noted(self) -> torch.Tensor:
         """[done, failed]: 1 or 0 each, what `agree` wants summed over the ranks; on the host."""
         done = self._save is not None and self._save.done.is_set()

@@ -369,3 +369,30 @@ def deviation(expected: Outcome, ranks: list[tuple[Outcome, dict[str, Slice]]]) 
         "weight": off.weight,
         "all gradients": off.gradient,
     }
+
+
+def snapshots(config: Recipe) -> tuple[list[tuple[str, str]], bool]:
+    """What this rank keeps of a checkpoint after a step, and whether it is bit for bit what `ZeroEngine.read` gives."""
+    from megacode.checkpoint.store import KEYS, Share
+    from megacode.engine.zero import ZeroEngine, start_deepspeed
+    from megacode.parallel import mesh as meshes
+    from megacode.train.start import writer
+
+    start_deepspeed()
+    plan = fit(config, dist.get_world_size())
+    mesh = _mesh(meshes.build_mesh, plan.pipeline, plan.data, plan.tensor, plan.context)
+    engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
+    for name, parameter in engine.parameters.items():
+        part = part_of(parameter)
+        engine.write(name, part.take(initial_values(name, part, SEED)))
+    tokens, labels = samples(config, 0)
+    engine.train_step(micro_batches(config, mesh, tokens, labels), mesh.zero_size / (labels != IGNORE).sum())
+    engine.update(config.optimizer.learning_rate)
+    share = Share({name: part_of(parameter) for name, parameter in engine.parameters.items()}, writer(mesh))
+    for _ in range(2):
+        share.copy(engine.gather)
+    values = {(name, key): engine.read(name, key) for name in engine.parameters for key in KEYS}
+    equal = all(torch.equal(values[place], kept) for place, kept in share.values.items())
+    moved = all(float(each.abs().max()) > 0 for each in values.values())
+    engine.engine.destroy()
+    return list(share.values), equal and moved

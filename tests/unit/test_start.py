@@ -19,11 +19,10 @@ SOURCES = {
 PROGRESS = Progress(3, 12, 3, 1, 64, 900, "concatenate", 2, SOURCES)
 
 
-def resume(monkeypatch, here, there):
+def resume(monkeypatch, here, there, optimizer="adamw"):
     monkeypatch.setattr(start.store, "newest", lambda folder: "CHECKPOINT")
-    monkeypatch.setattr(
-        start, "open_weights", lambda recipe, path: SimpleNamespace(progress=there, start_from=None, optimizer="adamw")
-    )
+    reader = SimpleNamespace(progress=there, start_from=None, optimizer=optimizer)
+    monkeypatch.setattr(start, "open_weights", lambda recipe, path: reader)
     monkeypatch.setattr(start, "new_progress", lambda recipe, stream: here)
     start.check_run_folder(SimpleNamespace(run="RUN", checkpoint=SimpleNamespace(start_from=None)), None)
 
@@ -56,6 +55,12 @@ def test_another_order_of_samples_is_refused(monkeypatch, here, message):
 
 def test_the_same_order_is_gone_on_with(monkeypatch):
     resume(monkeypatch, replace(PROGRESS, step=0, next_sample=0, adam_step=0), PROGRESS)
+
+
+@pytest.mark.parametrize(("optimizer", "whose"), [(None, "weights alone"), ("lion", "the states of lion")])
+def test_another_optimizer_is_refused(monkeypatch, optimizer, whose):
+    with pytest.raises(UserError, match=f"CHECKPOINT has {whose}, .*take its weights by checkpoint.start_from"):
+        resume(monkeypatch, PROGRESS, PROGRESS, optimizer)
 
 
 def test_a_checkpoint_of_the_order_before_is_refused(monkeypatch):

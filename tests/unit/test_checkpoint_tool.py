@@ -1,0 +1,91 @@
+"""`megacode checkpoint inspect|verify|prune`."""
+
+import json
+
+import pytest
+from support.exports import write_checkpoint
+from support.saving import save_step
+from typer.testing import CliRunner
+
+from megacode.checkpoint.keep import finished, newest, step_of
+from megacode.checkpoint.store import step_folder
+from megacode.errors import UserError
+from megacode.tools.checkpoint import app
+
+
+def call(*words):
+    return CliRunner().invoke(app, list(map(str, words)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    write_checkpoint(run, step=9)
+    write_checkpoint(run, step=10)
+    return run
+
+
+def test_inspect_says_what_a_checkpoint_is(run):
+    said = call("inspect", run, "--tensors").stdout
+    lines = dict(line.split(maxsplit=1) for line in said.splitlines())
+    assert lines["checkpoint"] == str(step_folder(run, 10))
+    assert lines["step"] == "10 (Adam's count 10, next sample 0)"
+    assert lines["model"].startswith("nano: ")
+    assert "2 layers, hidden 64" in lines["model"]
+    assert lines["weights"] == "fp32, of a run in bf16"
+    assert lines["optimizer"] == "adamw"
+    assert said.count("written by  processes 1, data 1, pipeline 1, virtual_stages 1, context 1, tensor 1, zero 1") == 1
+    assert lines["others"] == "step_00000009"
+    assert "model.norm.weight  64  whole in 0" in said
+    vocabulary = json.loads((newest(run) / "manifest.json").read_text())["model"]["vocabulary"]
+    assert f"lm_head.weight  {vocabulary} x 64  " in said
+
+
+def test_inspect_as_json(run):
+    found = json.loads(call("inspect", step_folder(run, 9), "--json", "-").stdout)
+    assert (found["step"], found["optimizer"], found["dtype"], found["others"]) == (9, "adamw", "fp32", [])
+    assert found["bytes"] == sum(entry["bytes"] for entry in found["files"].values())
+    assert sorted(found["files"]) == ["optimizer_00000.safetensors", "tokenizer.model", "weights_00000.safetensors"]
+    assert "tensors" not in found
+
+
+def test_verify_names_every_damaged_file(run):
+    result = call("verify", run)
+    assert result.exit_code == 0
+    assert f"{newest(run)}: right: 3 files, " in result.stdout
+    folder = step_folder(run, 9)
+    data = bytearray((folder / "weights_00000.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "weights_00000.safetensors").write_bytes(data)
+    (folder / "tokenizer.model").unlink()
+    result = call("verify", folder, "--json", "-")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["damage"] == [
+        f"{folder}/tokenizer.model is missing",
+        f"{folder}/weights_00000.safetensors is damaged (its checksum differs)",
+    ]
+
+
+def test_prune_removes_what_the_recipe_would(tmp_path):
+    for step in range(1, 7):
+        save_step(tmp_path, step)
+    said = call("prune", tmp_path, "--keep-last", 2, "--keep-every", 2, "--dry-run", "--json", "-")
+    assert json.loads(said.stdout)["removed"] == [str(step_folder(tmp_path, step)) for step in (1, 3)]
+    assert len(finished(tmp_path)) == 6
+    said = call("prune", tmp_path, "--keep-last", 2, "--keep-every", 2).stdout
+    assert [step_of(folder) for folder in finished(tmp_path)] == [2, 4, 5, 6]
+    assert said.splitlines()[-1].startswith("4 kept, 2 removed (")
+
+
+def test_the_newest_is_never_removed(tmp_path):
+    save_step(tmp_path, 1)
+    assert call("prune", tmp_path, "--keep-last", 0).exit_code == 2
+    assert call("prune", tmp_path, "--keep-last", 1).exit_code == 0
+    assert len(finished(tmp_path)) == 1
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path):
+    for words in (("prune", tmp_path, "--keep-last", 1), ("inspect", tmp_path), ("verify", tmp_path / "none")):
+        error = call(*words).exception
+        assert isinstance(error, UserError)
+        assert str(tmp_path) in str(error)

@@ -1,0 +1,162 @@
+"""What can come between a run and its checkpoints' disk: one clear line, and the last good one stays."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from support.saving import ALONE, NUM_BYTES, PARTS, assert_whole, config, fill, save_step
+
+from megacode.checkpoint import keep
+from megacode.checkpoint.keep import newest
+from megacode.checkpoint.reader import CheckpointReader, Progress
+from megacode.checkpoint.store import Share, begin, finish, step_folder
+from megacode.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a disk of its own, with room for a checkpoint and a half."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={3 * NUM_BYTES // 2 // 1024}k", "tmpfs", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], capture_output=True, check=False)  # a test may have done so
+
+
+def names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def assert_refused(run, error, message):
+    """One line that says what is wrong and which checkpoint is left."""
+    assert message in str(error.value)
+    assert str(error.value).endswith(f"then start again; {step_folder(run, 1)} is the run's last good one")
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk(disk):
+    save_step(disk, 1)
+    with pytest.raises(UserError) as error:
+        save_step(disk, 2)
+    path = disk / "checkpoints/step_00000002.partial/optimizer_00000.safetensors"
+    assert_refused(disk, error, f"{path}: No space left on device; make room on that disk")
+    assert names(disk) == ["latest", "step_00000001"], "what was written must give the room back"
+    assert_whole(newest(disk))
+
+
+def test_a_disk_that_has_become_read_only(disk):
+    save_step(disk, 1)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    with pytest.raises(UserError) as error:
+        save_step(disk, 2)
+    assert_refused(disk, error, "step_00000002.partial: Read-only file system; mend its mode")
+    assert_whole(newest(disk))
+
+
+def test_a_disk_that_is_unmounted_while_a_checkpoint_is_written(disk):
+    folder = step_folder(disk, 2)
+    share = Share(PARTS, ALONE)
+    share.copy(fill(2))
+    begin(folder, ALONE)
+    subprocess.run(["umount", "-l", disk], check=True)
+    with pytest.raises(UserError, match=r"weights_00000.safetensors: No such file or directory; bring its disk back"):
+        finish(folder, config(disk), Progress(2, 16, 2, 7, 16, 0), share.write(folder), ALONE)
+    assert not (disk / "checkpoints").exists(), "nothing may come up on the disk below"
+
+
+@pytest.mark.parametrize("name", [".", "gone"])
+def test_a_run_folder_that_is_not_the_runs_or_gone_is_not_written_to(tmp_path, name):
+    run = tmp_path / name
+    with pytest.raises(UserError, match=r"recipe.yaml: No such file or directory; bring its disk back"):
+        begin(step_folder(run, 1), ALONE, must_hold=run / "recipe.yaml")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_shorter_than_what_was_written_is_no_checkpoint(tmp_path):
+    folder = step_folder(tmp_path, 1)
+    share = Share(PARTS, ALONE)
+    share.copy(fill(1))
+    begin(folder, ALONE)
+    report = share.write(folder)
+    os.truncate(folder.with_name(folder.name + ".partial") / "weights_00000.safetensors", 100)
+    with pytest.raises(UserError, match=r"weights_00000.safetensors has 100 bytes where \d+ were written"):
+        finish(folder, config(tmp_path), Progress(1, 8, 1, 7, 16, 0), report, ALONE)
+    assert newest(tmp_path) is None
+
+
+def test_what_a_killed_run_left_goes_at_the_next_save_of_the_step_and_at_the_next_start(tmp_path):
+    for step in (1, 2):
+        begin(step_folder(tmp_path, step), ALONE)
+        (tmp_path / f"checkpoints/step_{step:08d}.partial/weights_00007.safetensors").write_bytes(b"half")
+    save_step(tmp_path, 1)
+    assert names(tmp_path) == ["latest", "step_00000001", "step_00000002.partial"]
+    assert "weights_00007.safetensors" not in [path.name for path in newest(tmp_path).iterdir()]
+    shutil.copytree(newest(tmp_path), tmp_path / "checkpoints/.step_00000000.removed")
+    keep.sweep(tmp_path)
+    assert names(tmp_path) == ["latest", "step_00000001"]
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "left"),
+    [(1, None, [8]), (3, None, [6, 7, 8]), (1, 3, [3, 6, 8]), (2, 1, [*range(1, 9)]), (9, 5, [*range(1, 9)])],
+)  # fmt: skip
+def test_which_are_kept(tmp_path, last, every, left):
+    for step in range(1, 9):
+        step_folder(tmp_path, step).mkdir(parents=True)
+        (step_folder(tmp_path, step) / "manifest.json").write_text("{}")
+    step_folder(tmp_path, 9).with_name("step_00000009.partial").mkdir()
+    for folder in keep.surplus(tmp_path, last, every):
+        keep.remove(folder)
+    assert [keep.step_of(folder) for folder in keep.finished(tmp_path)] == left
+    assert (tmp_path / "checkpoints/step_00000009.partial").exists()
+
+
+def test_half_removed_is_no_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_step(tmp_path, step)
+
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.unlink", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            keep.remove(step_folder(tmp_path, 1))
+    assert keep.finished(tmp_path) == [step_folder(tmp_path, 2)]
+    keep.remove(step_folder(tmp_path, 1))  # another has been there before
+    keep.sweep(tmp_path)
+    assert names(tmp_path) == ["latest", "step_00000002"]
+
+
+def test_a_shard_that_the_manifest_does_not_name_is_missing(tmp_path):
+    save_step(tmp_path, 1)
+    manifest = json.loads((newest(tmp_path) / "manifest.json").read_text())
+    del manifest["files"]["optimizer_00000.safetensors"]
+    (newest(tmp_path) / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest.json names no optimizer_00000.safetensors; remove the folder"):
+        CheckpointReader(newest(tmp_path)).verify()
+
+
+def test_reading_runs_no_pickle(tmp_path, monkeypatch):
+    save_step(tmp_path, 3)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a pickle is read")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    assert_whole(newest(tmp_path))
+    for name in ("checkpoint/reader", "checkpoint/store", "checkpoint/keep", "checkpoint/tensorfile", "train/start"):
+        text = (ROOT / f"megacode/{name}.py").read_text()
+        assert not [word for word in ("import pickle", "torch.load") if word in text]

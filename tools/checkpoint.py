@@ -1,0 +1,185 @@
+"""`megacode checkpoint`: look at checkpoints, check them, and remove old ones."""
+
+import math
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megacode.errors import UserError, explain
+from megacode.plan.units import size
+from megacode.tools.output import JsonFile, json_output
+
+if TYPE_CHECKING:
+    from megacode.checkpoint.reader import CheckpointReader
+
+app = typer.Typer(help="Look at checkpoints, check them, and remove old ones.", no_args_is_help=True)
+
+Place = Annotated[Path, typer.Argument(metavar="PATH", help="A step folder, or a run folder: its newest.")]
+
+
+@app.command()
+def inspect(
+    path: Place,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Also each tensor: shape, and the slices of files.")
+    ] = False,
+    json: JsonFile = None,
+) -> None:
+    """Print what a checkpoint is: step, model, who wrote it, files, and what the run was trained on until then.
+
+    Example: megacode checkpoint inspect runs/mine
+    """
+    from megacode.checkpoint.keep import finished
+    from megacode.checkpoint.reader import CheckpointReader
+    from megacode.tools.convert import checkpoint_folder
+
+    with json_output(json) as write:
+        reader = CheckpointReader(checkpoint_folder(path))
+        found = _facts(reader)
+        found["others"] = [str(folder) for folder in finished(path) if folder != reader.folder]
+        for line in _text(found):
+            print(line)
+        if tensors:
+            found["tensors"] = reader.manifest["tensors"]
+            for name, entry in found["tensors"].items():
+                print(f"{name}  {_shape(entry['shape'])}  {_slices(entry)}")
+        write(found)
+
+
+@app.command()
+def verify(path: Place, json: JsonFile = None) -> None:
+    """Read a checkpoint whole and compare sizes and checksums with its manifest; every damaged file is named.
+
+    Exits with 1 if one is. Example: megacode checkpoint verify runs/mine/checkpoints/step_00001000
+    """
+    from megacode.checkpoint.reader import CheckpointReader
+    from megacode.tools.convert import checkpoint_folder
+    from megacode.tools.prepare import reading_bar
+
+    with json_output(json) as write:
+        reader = CheckpointReader(checkpoint_folder(path))
+        files = reader.manifest["files"]
+        num_bytes = sum(entry["bytes"] for entry in files.values())
+        with reading_bar("Verifying", num_bytes) as advance:
+            damage = list(reader.damage(advance=advance))
+        for each in damage:
+            print(f"WRONG: {each}")
+        if not damage:
+            print(f"{reader.folder}: right: {len(files)} files, {size(num_bytes)}")
+        write({"checkpoint": str(reader.folder), "files": len(files), "bytes": num_bytes, "damage": damage})
+    if damage:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prune(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    keep_last: Annotated[int, typer.Option(min=1, help="Keep so many of the newest.")],
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, help="Keep those of the multiples of this step, too.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    json: JsonFile = None,
+) -> None:
+    """Remove a run's old checkpoints, as checkpoint.keep_last and checkpoint.keep_every of the recipe do.
+
+    The newest stays, and so does what is being written: the run may go on meanwhile. Whether another recipe's
+    checkpoint.start_from names one of those to be removed, nobody can know.
+
+    Example: megacode checkpoint prune runs/mine --keep-last 3 --keep-every 10000 --dry-run
+    """
+    from megacode.checkpoint import keep
+
+    with json_output(json) as write:
+        if not (run / "checkpoints").is_dir():
+            raise UserError(f"{run} has no folder checkpoints; name a run folder")
+        removed = keep.surplus(run, keep_last, keep_every)
+        freed = 0
+        for folder in removed:
+            num_bytes = _num_bytes(folder)
+            if not dry_run:
+                try:
+                    keep.remove(folder)
+                except OSError as error:
+                    raise UserError(explain(error, folder)) from None
+            freed += num_bytes
+            print(f"{'would remove' if dry_run else 'removed'} {folder} ({size(num_bytes)})")
+        left = [folder for folder in keep.finished(run) if folder not in removed]
+        print(f"{len(left)} kept, {len(removed)} {'to remove' if dry_run else 'removed'} ({size(freed)})")
+        write({"removed": list(map(str, removed)), "kept": list(map(str, left)), "bytes": freed, "dry_run": dry_run})
+
+
+def _num_bytes(folder: Path) -> int:
+    total = 0
+    with suppress(FileNotFoundError):  # the run removes it too
+        total = sum(file.stat().st_size for file in folder.iterdir())
+    return total
+
+
+def _facts(reader: "CheckpointReader") -> dict[str, Any]:
+    manifest = reader.manifest
+    return {
+        "checkpoint": str(reader.folder),
+        "step": reader.step,
+        "progress": asdict(reader.progress),
+        "model": reader.model.model_dump(mode="json"),
+        "num_parameters": sum(math.prod(entry["shape"]) for entry in manifest["tensors"].values()),
+        "precision": reader.precision,
+        "dtype": manifest.get("dtype", "fp32"),
+        "optimizer": reader.optimizer,
+        "layout": _layout(reader),
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "files": manifest["files"],
+    }
+
+
+def _layout(reader: "CheckpointReader") -> dict[str, int] | None:
+    """Of the run that wrote it; None where no run did."""
+    from megacode.recipe import load
+
+    path, processes = reader.folder / "recipe.yaml", reader.manifest.get("world_size")
+    if not path.is_file():
+        return None
+    parallel = load(path).parallel
+    layout = {key: getattr(parallel, key) for key in ("pipeline", "virtual_stages", "context", "tensor", "zero")}
+    if processes is None:  # a checkpoint of before this was written down
+        return layout
+    ranks = parallel.pipeline * parallel.context * parallel.tensor
+    return {"processes": processes, "data": processes // ranks, **layout}
+
+
+def _text(found: dict[str, Any]) -> list[str]:
+    model, progress = found["model"], found["progress"]
+    layout = found["layout"]
+    shape = f"{model['layers']} layers, hidden {model['hidden']}, {model['vocabulary']} words"
+    shape += f", rope_theta {model['rope_theta']:g}"
+    lines = {
+        "checkpoint": found["checkpoint"],
+        "step": f"{found['step']} (Adam's count {progress['adam_step']}, next sample {progress['next_sample']})",
+        "model": f"{model['preset'] or 'of its own'}: {found['num_parameters']:,} parameters; {shape}",
+        "weights": f"{found['dtype']}, of a run in {found['precision']}" if found["optimizer"] else found["dtype"],
+        "optimizer": found["optimizer"] or "none",
+        "written by": "no run" if layout is None else ", ".join(f"{key} {value}" for key, value in layout.items()),
+        "files": f"{len(found['files'])}, {size(found['bytes'])}",
+    }
+    text = [f"{key:12}{value}" for key, value in lines.items()]
+    for name, entry in found["files"].items():
+        text.append(f"  {name}  {size(entry['bytes'])}  {entry['sha256'][:12]}")
+    for source, counts in progress["ledger"].items():
+        text.append(f"{'source':12}{source}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    if found["others"]:
+        text.append(f"{'others':12}" + ", ".join(Path(folder).name for folder in found["others"]))
+    return text
+
+
+def _shape(shape: list[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _slices(entry: dict[str, Any]) -> str:
+    if entry["dim"] is None:
+        return f"whole in {entry['slices'][0]['rank']}"
+    return f"dim {entry['dim']}: " + ", ".join(f"{s['start']}-{s['stop']} in {s['rank']}" for s in entry["slices"])
