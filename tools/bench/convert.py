@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -164,7 +165,7 @@ def _pool() -> "Callable[[str, Tensor], None]":
     numbers = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
 
     def fill(name: str, tensor: "Tensor") -> None:
-        flat, start = tensor.view(-1), hash(name) % POOL
+        flat, start = tensor.view(-1), zlib.crc32(name.encode()) % POOL
         while len(flat):
             piece = numbers[start : start + len(flat)]
             flat[: len(piece)] = piece + 1 if tensor.dim() == 1 else piece
