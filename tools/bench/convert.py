@@ -34,14 +34,15 @@ POOL = 1 << 24
 """Random numbers that all tensors are made of, each from another start on."""
 NEEDED = {"from-hf": "source", "to-hf": "own", "from-meta": "meta"}
 """Direction -> folder that it reads."""
-META_FILES = {32: 1, 40: 2, 48: 4, 80: 8}
-"""Layers -> model-parallel files, as Meta's releases have them."""
+META_FILES = {4096: 1, 5120: 2, 8192: 8}
+"""Hidden width -> model-parallel files, as Meta's releases have them."""
 
 
 def main(
     model: Annotated[str, typer.Option(help="A preset.")] = "code-llama-7b",
     folder: Annotated[Path, typer.Option(help="Where big files may lie; made, and removed.")] = Path("bench-convert"),
     directions: Annotated[str, typer.Option(help="Which, by commas, in this order.")] = "from-hf,to-hf,from-meta",
+    layers: Annotated[int | None, typer.Option(help="So many instead of the preset's: memory does not depend.")] = None,
 ) -> None:
     """Print a line of JSON for the copy by dd, and one for each direction."""
     chosen = directions.split(",")
@@ -57,7 +58,7 @@ def main(
         for number, direction in enumerate(chosen):
             source, target = folder / NEEDED[direction], folder / ("own" if direction != "to-hf" else "back")
             if not source.exists():
-                _make(model, source, meta=direction == "from-meta")
+                _make(model, layers, source, meta=direction == "from-meta")
             if number == 0:
                 _say(_copy(source, folder / "copy"))
             _say(_measure(direction, source, target))
@@ -122,7 +123,7 @@ def _drop_from_cache(folder: Path) -> int:
     return size
 
 
-def _make(preset: str, folder: Path, *, meta: bool) -> None:
+def _make(preset: str, layers: int | None, folder: Path, *, meta: bool) -> None:
     """A source of a preset's shape."""
     from megacode.checkpoint.convert.source import shapes_of
     from megacode.recipe import ModelSection
@@ -130,7 +131,10 @@ def _make(preset: str, folder: Path, *, meta: bool) -> None:
     if preset not in PRESETS:
         raise UserError(f"--model {preset} is unknown; known are {', '.join(PRESETS)}")
     folder.mkdir()
-    model = ModelSection.model_validate({"preset": preset, "vocabulary": PRESETS[preset].get("vocabulary", 32016)})
+    rows = PRESETS[preset].get("vocabulary", 32016)
+    model = ModelSection.model_validate(
+        {"preset": preset, "vocabulary": rows, **({"layers": layers} if layers else {})}
+    )
     assert model.vocabulary is not None
     _write_tokenizer(folder / "tokenizer.model", model.vocabulary)
     shapes, fill = shapes_of(model), _pool()
@@ -204,7 +208,7 @@ def _write_meta(
 
     from megacode.checkpoint.convert.meta_source import feed_forward_width, meta_name
 
-    count = META_FILES.get(model.layers, 1)
+    count = META_FILES.get(model.hidden, 1)
     for number in range(count):
         empty = {}
         for name, shape in shapes.items():

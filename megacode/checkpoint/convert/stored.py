@@ -65,7 +65,10 @@ class SafetensorsFile:
             raise UserError(f"{path} cannot be read as safetensors ({_line(error)}); fetch the file again") from None
 
     def read(self, name: str) -> Tensor:
-        return read_tensor(self.path, name)
+        try:
+            return read_tensor(self.path, name)
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
 
 
 class TorchFile:
@@ -83,9 +86,16 @@ class TorchFile:
         storage: Any = described.untyped_storage()
         offset: int = storage._checkpoint_offset + int(described.storage_offset()) * described.itemsize
         span = 1 + sum((size - 1) * stride for size, stride in zip(described.shape, described.stride(), strict=True))
-        with self.path.open("rb", buffering=0) as file:
-            tensor = read_at(file, offset, described.dtype, (span,))
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                tensor = read_at(file, offset, described.dtype, (span,))
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
         return tensor.as_strided(described.shape, described.stride(), 0).contiguous()
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror or error}); see that it stays, or fetch it again")
 
 
 def _describe(path: Path) -> dict[str, Tensor]:
