@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megacode.checkpoint.tensorfile import read_tensor
 from megacode.errors import UserError
 from megacode.model.layers import Slice
 from megacode.recipe import ModelSection
@@ -154,12 +155,12 @@ class CheckpointReader:
         kind, tensor = ("weights", name) if key == "weight" else ("optimizer", f"{name}.{key}")
         path = self.folder / f"{kind}_{rank:05d}.safetensors"
         try:
+            if dim is None:
+                return read_tensor(path, tensor)
             with safe_open(path, framework="pt") as file:
-                if dim is None:
-                    return file.get_tensor(tensor)
                 view = file.get_slice(tensor)
                 return view[start:stop] if dim == 0 else view[:, start:stop]
-        except (OSError, SafetensorError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"{path} cannot be read ({error}); remove the folder to go on from an earlier one"
             ) from None

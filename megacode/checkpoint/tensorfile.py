@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -94,6 +94,37 @@ class TensorFile:
                 assert written is not None
                 self.num_bytes += written
                 piece = piece[written:]
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file, whole.
+
+    Raises:
+        OSError: the file can't be read, or is shorter than it says.
+        KeyError: it has no such tensor.
+        ValueError: its header is no JSON.
+    """
+    with path.open("rb", buffering=0) as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+        dtype = next(dtype for dtype, known in NAMES.items() if known == entry["dtype"])
+        return read_at(file, 8 + length + entry["data_offsets"][0], dtype, entry["shape"])
+
+
+def read_at(file: BinaryIO, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """The contiguous tensor whose bytes begin at `offset` of a file that is open unbuffered.
+
+    Read and not mapped: the page faults of a mapping cost more than the copy, and its pages count as memory.
+    """
+    tensor = torch.empty(tuple(shape), dtype=dtype)
+    left = bytes_of(tensor)
+    file.seek(offset)
+    while len(left):
+        count = file.readinto(left)  # type: ignore[attr-defined]
+        if not count:
+            raise OSError(f"{len(left)} bytes of a tensor are missing at the end")
+        left = left[count:]
+    return tensor
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

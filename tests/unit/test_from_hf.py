@@ -265,6 +265,15 @@ def test_a_missing_shard_is_named(tmp_path, model, tensors, tokenizer):
     assert "lacks model-00002-of-00003.safetensors, one of the 3" in refusal("from-hf", source, tmp_path / "own")
 
 
+def test_a_tensor_in_two_files_is_named(tmp_path, model, tensors, tokenizer):
+    source = write_hf(tmp_path / "source", model, tensors, tokenizer, num_files=2)
+    path = source / "model-00002-of-00002.safetensors"
+    first = load_file(source / "model-00001-of-00002.safetensors")
+    name = next(iter(first))
+    save_file({**load_file(path), name: first[name]}, path)
+    assert f"{name} is in" in refusal("from-hf", source, tmp_path / "own")
+
+
 class _Code:
     def __reduce__(self):
         return Path.touch, (Path("executed"),)

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,14 +34,15 @@ POOL = 1 << 24
 """Random numbers that all tensors are made of, each from another start on."""
 NEEDED = {"from-hf": "source", "to-hf": "own", "from-meta": "meta"}
 """Direction -> folder that it reads."""
-META_FILES = {32: 1, 40: 2, 48: 4, 80: 8}
-"""Layers -> model-parallel files, as Meta's releases have them."""
+META_FILES = {4096: 1, 5120: 2, 8192: 8}
+"""Hidden width -> model-parallel files, as Meta's releases have them."""
 
 
 def main(
     model: Annotated[str, typer.Option(help="A preset.")] = "code-llama-7b",
     folder: Annotated[Path, typer.Option(help="Where big files may lie; made, and removed.")] = Path("bench-convert"),
     directions: Annotated[str, typer.Option(help="Which, by commas, in this order.")] = "from-hf,to-hf,from-meta",
+    layers: Annotated[int | None, typer.Option(help="So many instead of the preset's: memory does not depend.")] = None,
 ) -> None:
     """Print a line of JSON for the copy by dd, and one for each direction."""
     chosen = directions.split(",")
@@ -56,7 +58,7 @@ def main(
         for number, direction in enumerate(chosen):
             source, target = folder / NEEDED[direction], folder / ("own" if direction != "to-hf" else "back")
             if not source.exists():
-                _make(model, source, meta=direction == "from-meta")
+                _make(model, layers, source, meta=direction == "from-meta")
             if number == 0:
                 _say(_copy(source, folder / "copy"))
             _say(_measure(direction, source, target))
@@ -121,7 +123,7 @@ def _drop_from_cache(folder: Path) -> int:
     return size
 
 
-def _make(preset: str, folder: Path, *, meta: bool) -> None:
+def _make(preset: str, layers: int | None, folder: Path, *, meta: bool) -> None:
     """A source of a preset's shape."""
     from megacode.checkpoint.convert.source import shapes_of
     from megacode.recipe import ModelSection
@@ -129,7 +131,10 @@ def _make(preset: str, folder: Path, *, meta: bool) -> None:
     if preset not in PRESETS:
         raise UserError(f"--model {preset} is unknown; known are {', '.join(PRESETS)}")
     folder.mkdir()
-    model = ModelSection.model_validate({"preset": preset, "vocabulary": PRESETS[preset].get("vocabulary", 32016)})
+    rows = PRESETS[preset].get("vocabulary", 32016)
+    model = ModelSection.model_validate(
+        {"preset": preset, "vocabulary": rows, **({"layers": layers} if layers else {})}
+    )
     assert model.vocabulary is not None
     _write_tokenizer(folder / "tokenizer.model", model.vocabulary)
     shapes, fill = shapes_of(model), _pool()
@@ -164,7 +169,7 @@ def _pool() -> "Callable[[str, Tensor], None]":
     numbers = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
 
     def fill(name: str, tensor: "Tensor") -> None:
-        flat, start = tensor.view(-1), hash(name) % POOL
+        flat, start = tensor.view(-1), zlib.crc32(name.encode()) % POOL
         while len(flat):
             piece = numbers[start : start + len(flat)]
             flat[: len(piece)] = piece + 1 if tensor.dim() == 1 else piece
@@ -203,7 +208,7 @@ def _write_meta(
 
     from megacode.checkpoint.convert.meta_source import feed_forward_width, meta_name
 
-    count = META_FILES.get(model.layers, 1)
+    count = META_FILES.get(model.hidden, 1)
     for number in range(count):
         empty = {}
         for name, shape in shapes.items():

@@ -18,7 +18,7 @@ ROTARY_TOLERANCE = 1e-3
 frequency turns a pair by 1e-4; other pairs or another theta change scores by their own size."""
 
 WINDOW_TOKENS = 64
-MAX_TEXT_WINDOWS = 2
+MAX_TEXT_WINDOWS = 1
 """With these and one of random tokens, a 7B model takes minutes on a few cores."""
 NUM_PROBED_POSITIONS = 16
 MAX_PROBED_POSITION = 2047

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from megacode.checkpoint.convert.source import model_of, read_settings, shapes_of
-from megacode.checkpoint.convert.stored import Found, check_tensors, open_stored
+from megacode.checkpoint.convert.stored import Found, StoredFile, check_tensors, open_stored
 from megacode.errors import UserError
 from megacode.recipe import ModelSection
 
@@ -45,10 +45,13 @@ class HfSource:
         self.folder = folder
         path = folder / "config.json"
         self.model, self.origins = read_config(path, read_settings(path))
-        files = {name: open_stored(file) for name, file in _files(folder).items()}
-        self._files = {
-            name: file for file in files.values() for name in file.shapes if not name.endswith("rotary_emb.inv_freq")
-        }
+        self._files: dict[str, StoredFile] = {}
+        for file in map(open_stored, _files(folder)):
+            for name in file.shapes:
+                if name in self._files:
+                    raise UserError(f"{name} is in {self._files[name].path} and in {file.path}; leave the right one")
+                if not name.endswith("rotary_emb.inv_freq"):
+                    self._files[name] = file
         found: Found = {name: (file.path, file.shapes[name], file.dtypes[name]) for name, file in self._files.items()}
         self.dtype = check_tensors(found, shapes_of(self.model))
         self.carried = [folder / name for name in CARRIED if (folder / name).is_file()]
@@ -121,8 +124,8 @@ def _rope_theta(path: Path, config: dict[str, Any]) -> tuple[float, str]:
     return 10000.0, "transformers' default, no rope_theta in config.json"
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Name -> path of each file of weights; safetensors where there are both.
+def _files(folder: Path) -> list[Path]:
+    """The files of weights; safetensors where there are both.
 
     Raises:
         UserError: there are none, or one that the index names is missing.
@@ -141,9 +144,9 @@ def _files(folder: Path) -> dict[str, Path]:
                 raise UserError(
                     f"{folder} lacks {missing[0]}, one of the {len(names)} files that {index} names; fetch it"
                 )
-            return {name: folder / name for name in names}
+            return [folder / name for name in names]
         if (folder / single).is_file():
-            return {single: folder / single}
+            return [folder / single]
     raise UserError(
         f"{folder} holds no weights (model.safetensors, pytorch_model.bin, or several with their .index.json); "
         f"name a HuggingFace folder of a model"

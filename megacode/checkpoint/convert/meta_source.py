@@ -187,7 +187,7 @@ def read_params(
     unknown = sorted(params.keys() - _KNOWN)
     if unknown:
         raise UserError(
-            f"{path}: {unknown[0]} = {params[unknown[0]]!r} is unknown; megacode reads Llama 2 and Code Llama"
+            f"{path}: {unknown[0]} = {params[unknown[0]]!r} is unknown; name a folder of Llama 2 or Code Llama"
         )
     lacking = [key for key in ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of") if key not in params]
     if lacking:

@@ -1,19 +1,20 @@
 """Files of tensors that others wrote: safetensors, and PyTorch's own, of which no pickled code is ever run.
 
-A tensor that is read lies in the file's mapping: of a file, memory holds what is in use and no more. The mapping goes
-with the last tensor in it, so each read makes a new one: pages of a mapping that stays would add up to the file.
+Of a file, memory holds the tensors that are in use and no more.
 """
 
 import pickle
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megacode.checkpoint.reader import DTYPES
+from megacode.checkpoint.tensorfile import read_at, read_tensor
 from megacode.errors import UserError
 
 _SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -34,7 +35,7 @@ class StoredFile(Protocol):
     """Name -> type; one that is not known here by the name that the file has for it."""
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in the file's own type, read-only."""
+        """A tensor, in the file's own type."""
         ...
 
 
@@ -64,8 +65,10 @@ class SafetensorsFile:
             raise UserError(f"{path} cannot be read as safetensors ({_line(error)}); fetch the file again") from None
 
     def read(self, name: str) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)
+        try:
+            return read_tensor(self.path, name)
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
 
 
 class TorchFile:
@@ -73,31 +76,53 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        tensors = self._map()
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self.dtypes: dict[str, torch.dtype | str] = {name: tensor.dtype for name, tensor in tensors.items()}
+        self._tensors = _describe(path)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.dtypes: dict[str, torch.dtype | str] = {name: tensor.dtype for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        return self._map()[name].contiguous()
-
-    def _map(self) -> dict[str, Tensor]:
+        described = self._tensors[name]
+        # torch.load notes where each storage lies in the file, for tensors that it makes without data.
+        storage: Any = described.untyped_storage()
+        offset: int = storage._checkpoint_offset + int(described.storage_offset()) * described.itemsize
+        span = 1 + sum((size - 1) * stride for size, stride in zip(described.shape, described.stride(), strict=True))
         try:
-            content = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"{self.path} holds more than tensors and is not read, since reading could run its code "
-                f"({_line(error)}); take a safetensors file"
-            ) from None
-        except (OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, OSError) and error.strerror:
-                raise UserError(f"cannot read {self.path}: {error.strerror}") from None
-            raise UserError(
-                f"{self.path} is truncated, damaged or of a PyTorch before 1.6 ({_line(error)}); fetch it again, or "
-                f"save it again with a newer PyTorch"
-            ) from None
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise UserError(f"{self.path} is no dictionary of tensors; name a folder of weights alone")
-        return content
+            with self.path.open("rb", buffering=0) as file:
+                tensor = read_at(file, offset, described.dtype, (span,))
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+        return tensor.as_strided(described.shape, described.stride(), 0).contiguous()
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror or error}); see that it stays, or fetch it again")
+
+
+def _describe(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file without their data.
+
+    Raises:
+        UserError: see `open_stored`.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no archive, or a part of one")
+        content = torch.load(path, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors and is not read, since reading could run its code "
+            f"({_line(error)}); take a safetensors file"
+        ) from None
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(
+            f"{path} is truncated, damaged or of a PyTorch before 1.6 ({_line(error)}); fetch it again, or "
+            f"save it again with a newer PyTorch"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} is no dictionary of tensors; name a folder of weights alone")
+    return content
 
 
 def _line(error: Exception) -> str:
