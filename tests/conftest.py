@@ -1,10 +1,13 @@
 """Warm worlds, shared by all tests of a session."""
 
+import gc
 import os
 
 # One thread for each process, as long as nobody says otherwise: threads that wait for one another on cores which other
 # processes have are hundreds of times slower than one. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+gc.disable()  # while the tests are imported, and torch with them
 
 from collections.abc import Callable, Iterator
 
@@ -14,6 +17,12 @@ from support.world import World
 
 settings.register_profile("busy", deadline=None)  # the machine may be busy
 settings.load_profile("busy")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: no collection need look at it, of which pytest makes five at its end."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
