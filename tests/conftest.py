@@ -7,14 +7,13 @@ import os
 # processes have are hundreds of times slower than one. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-gc.disable()  # while the tests are imported, and torch with them
-
 from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
 from support.world import World
 
+gc.disable()  # while the tests are imported, and torch with them
 settings.register_profile("busy", deadline=None)  # the machine may be busy
 settings.load_profile("busy")
 
