@@ -60,7 +60,7 @@ def to_hf(
     from transformers.utils import logging
 
     from megacode.checkpoint import hf, receipt
-    from megacode.checkpoint.store import CheckpointReader
+    from megacode.checkpoint.reader import CheckpointReader
 
     logging.disable_progress_bar()
     with json_output(json_file) as write_json:

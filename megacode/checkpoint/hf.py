@@ -1,7 +1,7 @@
 """From a megacode checkpoint to a folder that `transformers` and everything around it loads.
 
-Parameters stream through one at a time: host memory holds one safetensors file (at most `max_shard_bytes`). Names and
-weights are HuggingFace's already, with half-split rotary pairs, so nothing is permuted and nothing renamed.
+Parameters stream through one at a time. Names and weights are HuggingFace's already, with half-split rotary pairs, so
+nothing is permuted and nothing renamed.
 """
 
 import json
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from megacode.checkpoint.hf_tokenizer import write_tokenizer
-from megacode.checkpoint.store import CheckpointReader, publish
+from megacode.checkpoint.reader import CheckpointReader
+from megacode.checkpoint.tensorfile import TensorFile
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.recipe import ModelSection
@@ -129,21 +130,18 @@ def plan_shards(checkpoint: CheckpointReader, dtype: torch.dtype, max_shard_byte
 def _write_weights(
     checkpoint: CheckpointReader, folder: Path, dtype: torch.dtype, max_shard_bytes: int, progress: Progress
 ) -> None:
-    from safetensors.torch import save_file
-
     shards = plan_shards(checkpoint, dtype, max_shard_bytes)
     num_parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
     done_bytes, total_bytes = 0, num_parameters * dtype.itemsize
     files: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
-        for name in names:
-            tensors[name] = checkpoint.read(name).to(dtype).contiguous()
-            done_bytes += tensors[name].nbytes
-            progress(done_bytes, total_bytes)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        publish(folder / file)
+        with TensorFile(folder / file, {name: (dtype, checkpoint.shape(name)) for name in names}) as written:
+            for name in names:
+                tensor = checkpoint.read(name).to(dtype)
+                written.write(name, tensor)
+                done_bytes += tensor.nbytes
+                progress(done_bytes, total_bytes)
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         metadata = {"total_parameters": num_parameters, "total_size": total_bytes}

@@ -20,7 +20,7 @@ from torch import Tensor
 import megacode
 from megacode.checkpoint.hf import DTYPES, RECEIPT, Progress, config_of
 from megacode.checkpoint.hf_tokenizer import FUZZ, compare_tokenizer, fuzzed_texts
-from megacode.checkpoint.store import CheckpointReader
+from megacode.checkpoint.reader import CheckpointReader
 from megacode.data.tokenizer import Tokenizer
 from megacode.model.llama import Block, Llama
 from megacode.recipe import ModelSection

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacode.checkpoint.store import CheckpointReader
+from megacode.checkpoint.reader import CheckpointReader
 from megacode.data.stream import step_indices
 from megacode.doctor.outcome import GRADIENT, WEIGHT, Outcome
 from megacode.doctor.samples import RandomSamples, Samples

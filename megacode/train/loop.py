@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megacode.checkpoint import store
-from megacode.checkpoint.store import Progress
+from megacode.checkpoint.reader import Progress
 from megacode.data.stream import TrainStream, ValidationStream
 from megacode.engine.zero import ZeroEngine
 from megacode.model.layers import part_of

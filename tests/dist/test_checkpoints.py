@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.training import deviation, parallel, recipe, reference
 
-from megacode.checkpoint.store import CheckpointReader, global_order, newest, step_folder
+from megacode.checkpoint.reader import CheckpointReader, global_order
+from megacode.checkpoint.store import newest, step_folder
 from megacode.errors import UserError
 
 SAVED = {"tensor": 2, "pipeline": 2, "zero": 3}

@@ -17,7 +17,8 @@ import yaml
 from support.launching import ENVIRONMENT, NUM_STEPS, ROOT, command, launch, metrics, status, write_recipe
 from support.stalling import run_ranks
 
-from megacode.checkpoint.store import CheckpointReader, newest
+from megacode.checkpoint.reader import CheckpointReader
+from megacode.checkpoint.store import newest
 from megacode.kernels import dispatch
 from megacode.tools.data.replay import as_json, open_step
 

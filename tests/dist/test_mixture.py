@@ -5,7 +5,8 @@ import json
 import numpy as np
 from support.launching import NUM_STEPS, launch, metrics, status, write_recipe
 
-from megacode.checkpoint.store import CheckpointReader, newest
+from megacode.checkpoint.reader import CheckpointReader
+from megacode.checkpoint.store import newest
 from megacode.data.stream import IGNORE, open_train
 from megacode.data.tokenizer import Tokenizer
 from megacode.recipe import load

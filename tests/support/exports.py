@@ -5,7 +5,8 @@ import ast
 import json.decoder
 from pathlib import Path
 
-from megacode.checkpoint.store import CheckpointReader, Progress, Writer, save, step_folder
+from megacode.checkpoint.reader import CheckpointReader, Progress
+from megacode.checkpoint.store import Writer, save, step_folder
 from megacode.data.tokenizer import Tokenizer, train
 from megacode.model.layers import part_of
 from megacode.model.llama import Llama, initialise

@@ -152,7 +152,7 @@ class RandomStream:
 
 def trainer_calls(config: Recipe) -> list[Call]:
     """This rank's calls of a Trainer's third step: label counts, losses and requests too."""
-    from megacode.checkpoint.store import Progress
+    from megacode.checkpoint.reader import Progress
     from megacode.engine.zero import ZeroEngine, start_deepspeed
     from megacode.model.layers import initial_values, part_of
     from megacode.train.faults import Requests

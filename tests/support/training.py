@@ -191,7 +191,7 @@ def parallel(
     Returns [outcome, {name: Slice}], with gradients and weights of this rank's tensors, on the first data rank only.
     """
     from megacode.checkpoint import store
-    from megacode.checkpoint.store import CheckpointReader, Progress
+    from megacode.checkpoint.reader import CheckpointReader, Progress
     from megacode.engine.zero import ZeroEngine, start_deepspeed
     from megacode.parallel import mesh as meshes
     from megacode.train.start import resume, writer
@@ -236,6 +236,26 @@ def parallel(
             store.save(save, config, progress, parts, engine.read, writer(mesh))
         engine.engine.destroy()
     return [outcome if mesh.zero_rank == 0 else Outcome(outcome.losses, outcome.norms, gathers=outcome.gathers), parts]
+
+
+def move(config: Recipe, load: Path, save: Path) -> int:
+    """Load a checkpoint into the recipe's layout and save it from there, without a step; Adam's step count."""
+    from megacode.checkpoint import store
+    from megacode.checkpoint.reader import CheckpointReader
+    from megacode.engine.zero import ZeroEngine, start_deepspeed
+    from megacode.parallel import mesh as meshes
+    from megacode.train.start import resume, writer
+
+    start_deepspeed()
+    plan = fit(config, dist.get_world_size())
+    mesh = _mesh(meshes.build_mesh, plan.pipeline, plan.data, plan.tensor, plan.context)
+    engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
+    progress = resume(engine, CheckpointReader(load), mesh)
+    parts = {name: part_of(parameter) for name, parameter in engine.parameters.items()}
+    store.save(save, config, progress, parts, engine.read, writer(mesh))
+    count = engine.optimizer_step
+    engine.engine.destroy()
+    return count
 
 
 def fetches(config: Recipe, without: tuple[str, ...]) -> int:

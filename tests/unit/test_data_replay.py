@@ -11,7 +11,8 @@ from support.shards import SOURCE, write_code
 from typer.testing import CliRunner
 
 from megacode import cli
-from megacode.checkpoint.store import Progress, step_folder
+from megacode.checkpoint.reader import Progress
+from megacode.checkpoint.store import step_folder
 from megacode.data.stream import IGNORE, ORDER, open_train, step_indices
 from megacode.data.tokenizer import Tokenizer, train
 from megacode.errors import UserError

@@ -1,0 +1,180 @@
+"""Reading of checkpoints: a manifest of global names, shapes and slices, and safetensors files of parts.
+
+Whoever reads asks for a parameter, or a part of it, by its global name; which files hold it, in what slices, is the
+manifest's affair. Nothing here runs a pickle.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megacode.errors import UserError
+from megacode.model.layers import Slice
+from megacode.recipe import ModelSection
+
+FORMAT = 1
+STATES = ("exp_avg", "exp_avg_sq")
+"""What the optimizer keeps of each parameter, fp32."""
+OPTIMIZER = "adamw"
+"""Whose states these are."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. There is no stateful random generator: every draw is a function of the seed and a counter."""
+
+    step: int
+    """Optimizer steps done."""
+    next_sample: int
+    """Number of the first training sample that no step has used yet."""
+    adam_step: int
+    """Adam's step count (bias correction)."""
+    seed: int
+    """The run's seed."""
+    sequence_length: int
+    """Tokens of a sample: sample numbers have a meaning only together with this and the corpus."""
+    num_tokens: int
+    """Length of the training corpus."""
+    packing: str = "concatenate"
+    """How it is cut into samples."""
+    order: int = 1
+    """Version of the order of samples."""
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the samples are blended of, in order: source -> weight, tokens, samples of an epoch, hash."""
+    ledger: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What all steps have seen, those whose update was left out too: source -> samples, labels with loss, and those of
+    them in infilling documents."""
+
+
+def global_order(name: str) -> tuple[int, int, str]:
+    """Sorts names of parameters as the model has them: embedding, layers by number, last norm, head."""
+    words = name.split(".")
+    if "layers" in words:
+        return 1, int(words[words.index("layers") + 1]), name
+    return (0 if "embed_tokens" in name else 2 if "norm" in name else 3), 0, name
+
+
+class CheckpointReader:
+    """A finished checkpoint, read tensor by tensor.
+
+    Attributes:
+        names: global names in the model's order.
+        model: the model's shape, vocabulary filled in.
+        progress: where the run stood.
+        precision: "bf16" or "fp32", the run's arithmetic; of weights that were converted, their own.
+        dtype: as which the weights are stored: fp32 (the masters of a run), or what they were converted from.
+        start_from: the checkpoint whose weights the run began from; None: at random.
+        optimizer: whose states are there; None: weights alone.
+
+    Raises:
+        UserError: the folder holds no checkpoint, or one of another format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"{folder} holds no checkpoint (manifest.json: {error.strerror}); name a step_* folder of a run"
+            ) from None
+        except ValueError:
+            raise UserError(f"{path} is damaged (not JSON); remove the folder to go on from an earlier one") from None
+        if manifest.get("format") != FORMAT:
+            raise UserError(f"{path} has format {manifest.get('format')}, this megacode reads {FORMAT}")
+        self.manifest = manifest
+        self.names: list[str] = list(manifest["tensors"])
+        self.model = ModelSection.model_validate(manifest["model"])
+        self.progress = Progress(**manifest["progress"])
+        self.precision: str = manifest["precision"]
+        self.dtype = DTYPES[manifest.get("dtype", "fp32")]
+        self.start_from: str | None = manifest.get("start_from")
+        self.optimizer: str | None = manifest.get("optimizer", OPTIMIZER)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The run's SentencePiece model."""
+        return self.folder / "tokenizer.model"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        return tuple(self.manifest["tensors"][name]["shape"])
+
+    def read(self, name: str, key: str = "weight") -> Tensor:
+        """The whole parameter, or one of its Adam states, fp32."""
+        shape = self.shape(name)
+        return self.read_part(name, Slice(shape, 1.0), key)
+
+    def read_part(self, name: str, part: Slice, key: str = "weight") -> Tensor:
+        """The part of a parameter that a rank of any layout holds: only the slices that overlap it are read."""
+        entry = self.manifest["tensors"][name]
+        shape = list(entry["shape"])
+        assert tuple(shape) == part.shape, f"{name}: {shape} in the checkpoint, {part.shape} in the model"
+        dim = entry["dim"] if part.dim is None else part.dim
+        if dim is None:
+            return self._read_slice(entry["slices"][0]["rank"], name, key, None, 0, 0)
+        start, stop = (0, shape[dim]) if part.dim is None else (part.start, part.stop)
+        pieces = []
+        for piece in sorted(entry["slices"], key=lambda s: s["start"]):
+            whole = entry["dim"] is None
+            low, high = (0, shape[dim]) if whole else (piece["start"], piece["stop"])
+            first, last = max(start, low), min(stop, high)
+            if first < last:
+                pieces.append(self._read_slice(piece["rank"], name, key, dim, first - low, last - low))
+        value = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+        if value.shape[dim] != stop - start:
+            raise UserError(
+                f"{self.folder}/manifest.json lacks slices of {name}; remove the folder to go on from an earlier one"
+            )
+        return value
+
+    def _read_slice(self, rank: int, name: str, key: str, dim: int | None, start: int, stop: int) -> Tensor:
+        kind, tensor = ("weights", name) if key == "weight" else ("optimizer", f"{name}.{key}")
+        path = self.folder / f"{kind}_{rank:05d}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                if dim is None:
+                    return file.get_tensor(tensor).float()
+                view = file.get_slice(tensor)
+                return (view[start:stop] if dim == 0 else view[:, start:stop]).float()
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); remove the folder to go on from an earlier one"
+            ) from None
+
+    def verify(self, share: int = 0, shares: int = 1) -> None:
+        """Compare sizes and checksums of every `shares`-th file with the manifest.
+
+        Raises:
+            UserError: a file is missing, shortened or altered.
+        """
+        for number, (name, entry) in enumerate(sorted(self.manifest["files"].items())):
+            path = self.folder / name
+            if not path.is_file():
+                raise UserError(f"{path} is missing; remove the folder to go on from an earlier one")
+            if path.stat().st_size != entry["bytes"]:
+                raise UserError(
+                    f"{path} has not the size that it was written with; remove the folder to go on from an earlier one"
+                )
+            if number % shares == share and _sha256(path) != entry["sha256"]:
+                raise UserError(
+                    f"{path} is damaged (its checksum differs); remove the folder to go on from an earlier one"
+                )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
