@@ -40,6 +40,7 @@ class Tokenizer:
     Args:
         path: The model's file.
         oracle: Let SentencePiece itself compute, whatever is installed.
+        known: Name of the engine that another process found to give SentencePiece's ids; it is not probed again.
 
     Attributes:
         path: The model's file.
@@ -53,9 +54,9 @@ class Tokenizer:
         UserError: the file is missing or is no SentencePiece model with BOS and EOS.
     """
 
-    def __init__(self, path: str | Path, *, oracle: bool = False) -> None:
+    def __init__(self, path: str | Path, *, oracle: bool = False, known: str = "") -> None:
         self.path = Path(path)
-        self.oracle = oracle
+        self.oracle, self.known = oracle, known
         try:
             data = self.path.read_bytes()
         except OSError as error:
@@ -72,16 +73,16 @@ class Tokenizer:
                 f"the tokenizer {path} has no BOS or no EOS piece; train one with `megacode tokenizer train`"
             )
 
-    def __reduce__(self) -> tuple[Callable[..., "Tokenizer"], tuple[Path, bool]]:
+    def __reduce__(self) -> tuple[Callable[..., "Tokenizer"], tuple[Path, bool, str]]:
         """Processes that are given a tokenizer read its file again."""
-        return _reopen, (self.path, self.oracle)
+        return _reopen, (self.path, self.oracle, self.known)
 
     @functools.cached_property
     def engine(self) -> Engine:
         """What computes ids here; chosen at the first use, since a run without infilling encodes nothing."""
         if self.oracle:
             return engines.sentencepiece(self.model)
-        return in_stretches(engines.fastest(self.model, probes(self)), self.model)
+        return in_stretches(engines.fastest(self.model, probes(self), self.known), self.model)
 
     @property
     def has_infilling(self) -> bool:
@@ -270,8 +271,8 @@ def _control_row(model: sentencepiece_model_pb2.ModelProto, name: str) -> int | 
     return None
 
 
-def _reopen(path: Path, oracle: bool) -> Tokenizer:
-    return Tokenizer(path, oracle=oracle)
+def _reopen(path: Path, oracle: bool, known: str) -> Tokenizer:
+    return Tokenizer(path, oracle=oracle, known=known)
 
 
 def probes(tokenizer: Tokenizer, num_texts: int = 200) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """One rank stops at a definite place: the verdict names it and what it is in, on four ranks as TP2 x PP2 mostly."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support import traps
@@ -12,6 +14,7 @@ SETTINGS = (
     *("parallel.tensor=2", "parallel.zero=1", "deepspeed_config=null", "data.valid=null", "schedule.steps=4"),
     f"faults.stall_seconds={STALL_SECONDS}",
 )
+TWO = (*SETTINGS, "parallel.tensor=1", "parallel.pipeline=1")
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +36,23 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def ends(recipe):
+    """How the run of each trap ended. Each starts while those before it wait for their verdicts."""
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        runs = {}
+        for trap, rank, *_ in CASES:
+            settings, size = (TWO, 2) if trap is traps.in_a_collective_of_deepspeed else (SETTINGS, 4)
+            arguments = (recipe, f"run={recipe.parent / trap.__name__}", *settings)
+            runs[trap] = pool.submit(run_ranks, *arguments, trap=trap, trapped=rank, world_size=size)
+            time.sleep(STALL_SECONDS / 2)
+        return {trap: run.result() for trap, run in runs.items()}
+
+
 @pytest.mark.parametrize(("trap", "rank", "place", "others"), CASES, ids=[case[0].__name__ for case in CASES])
-def test_a_rank_that_stops_is_named(recipe, trap, rank, place, others):
-    run, size = recipe.parent / trap.__name__, 4
-    settings = SETTINGS
-    if trap is traps.in_a_collective_of_deepspeed:
-        settings, size = (*SETTINGS, "parallel.tensor=1", "parallel.pipeline=1"), 2
-    ended = run_ranks(recipe, f"run={run}", *settings, trap=trap, trapped=rank, world_size=size)
+def test_a_rank_that_stops_is_named(recipe, ends, trap, rank, place, others):
+    run, ended = recipe.parent / trap.__name__, ends[trap]
+    size = len(ended.codes)
     assert ended.codes == [76] * size, ended.output
     told = status(run)
     assert (told["outcome"], told["rank"]) == ("failed", rank)
@@ -55,9 +68,6 @@ def test_a_rank_that_stops_is_named(recipe, trap, rank, place, others):
     assert set(stacks) == set(range(size))
     assert all(f"rank {number}, host" in text and "main.py" in text for number, text in stacks.items())
     assert f"in {'<lambda>' if trap is traps.in_the_data_loader else 'stop_here'}" in stacks[rank].split("Now:")[0]
-
-
-TWO = (*SETTINGS, "parallel.tensor=1", "parallel.pipeline=1")
 
 
 def test_a_slow_rank_is_named_while_the_run_goes_on(recipe):

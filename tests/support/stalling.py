@@ -4,6 +4,7 @@ import faulthandler
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 from support.forking import forking
 
 ROOT = Path(__file__).parents[2]
+_LOCK = threading.Lock()
+"""A start asks for the exit codes of all processes that there are; two threads must not ask at once."""
 
 
 @dataclass
@@ -54,15 +57,20 @@ def run_ranks(
         processes[rank] = forking().Process(
             target=_rank, args=(environment, arguments, str(log), timeout_seconds, mine)
         )
-        processes[rank].start()
+        with _LOCK:
+            processes[rank].start()
     began = time.monotonic()
     codes: list[int | None] = [None] * world_size
-    for rank, process in processes.items():
-        process.join(max(0.0, began + timeout_seconds - time.monotonic()))
-        codes[rank] = process.exitcode
+    while processes and time.monotonic() < began + timeout_seconds:
+        time.sleep(0.05)
+        with _LOCK:
+            codes = [processes[rank].exitcode if rank in processes else None for rank in range(world_size)]
+        if all(codes[rank] is not None for rank in processes):
+            break
+    for process in processes.values():
         if process.exitcode is None:
             process.kill()
-            process.join()
+        process.join()
     return Ended(codes, log.read_text(errors="replace"), time.monotonic() - began)
 
 

@@ -56,9 +56,9 @@ def test_the_largest_part_is_named_with_its_mend(sections, world_size, mend):
 def test_a_run_without_enough_memory_says_so(tmp_path):
     """A real one: the address space is limited, and the micro-batch is far too large for it."""
     path = write_recipe(tmp_path)
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (6 << 30,) * 2); sys.argv.pop(0); "
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2); sys.argv.pop(0); "
     start = limit + "runpy.run_path(sys.argv[0], run_name='__main__')"
-    batch = ["batch.micro_samples=16384", "batch.global_samples=16384", "parallel.pipeline=1"]
+    batch = ["batch.micro_samples=4096", "batch.global_samples=4096", "parallel.pipeline=1"]
     done = subprocess.run(
         [sys.executable, "-c", start, "launchers/train.py", str(path), *batch],
         cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=240,
@@ -66,7 +66,7 @@ def test_a_run_without_enough_memory_says_so(tmp_path):
     assert done.returncode == 1
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("rank 0 failed: "))
     assert "out of memory; by the plan's formula a rank of stage 0 holds" in line
-    assert "lower batch.micro_samples (16384)" in line
+    assert "lower batch.micro_samples (4096)" in line
     assert "Traceback" not in done.stderr
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["message"].startswith("out of memory")

@@ -96,6 +96,34 @@ def test_documents_become_shards(tmp_path, inputs, tokenizer):
     assert set(files(tmp_path / "out")) == {"s.bin", "s.idx", "s.json", "s.rejects.jsonl"}
 
 
+@pytest.mark.parametrize("known", ["as found", "sentencepiece", "of another machine"])
+def test_workers_take_the_engine_over_and_bytes_do_not_depend_on_it(tmp_path, inputs, tokenizer, known, monkeypatch):
+    prepare(plan(Corpus(inputs), tokenizer.path, tmp_path / "one" / "s"), 1)
+    job = plan(Corpus(inputs), tokenizer.path, tmp_path / "two" / "s")
+    assert Job.load(job.folder).engine == job.engine == tokenizer.engine.name
+    own = Tokenizer(tokenizer.path, oracle=True).engine.name
+    engine = {"as found": job.engine, "sentencepiece": own}.get(known, known)
+    said = json.loads((job.folder / "job.json").read_text())
+    (job.folder / "job.json").write_text(json.dumps(said | {"engine": engine}))
+    again = plan(Corpus(inputs), tokenizer.path, tmp_path / "two" / "s")  # the same job, with what stands there
+    assert again == job
+    assert again.engine == engine
+    probed = []
+
+    def probes(tokenizer):
+        probed.append(tokenizer)
+        yield "text"
+
+    monkeypatch.setattr("megacode.data.tokenizer.probes", probes)
+    prepare(again, 1)
+    assert len(probed) == (known == "of another machine")
+    one, two = ({name: data for name, data in files(tmp_path / n).items() if name != "s.json"} for n in ("one", "two"))
+    assert one == two
+    facts = [json.loads((tmp_path / n / "s.json").read_text()) for n in ("one", "two")]
+    assert facts[1]["engine"] == (own if known == "sentencepiece" else tokenizer.engine.name)
+    assert {**facts[0], "engine": ""} == {**facts[1], "engine": ""}
+
+
 def test_names_that_are_no_unicode(tmp_path, tokenizer):
     lines = [{"text": "x = 1", "lang": "\ud800"}, {"text": "x = 2", "lang": "C"}, {"text": "x = 3"}]
     path = tmp_path / os.fsdecode(b"d\xff.jsonl")

@@ -192,6 +192,20 @@ def test_a_model_that_the_fast_engine_cannot_express_is_sentencepieces(path, tmp
     assert tokenizer.encode(TEXTS[0][:500]) == own.encode(TEXTS[0][:500])
 
 
+def test_an_engine_that_another_process_has_found_is_not_probed(tokenizer, path):
+    def asked():
+        raise AssertionError("probed")
+        yield
+
+    for found in (tokenizer.engine, Tokenizer(path, oracle=True).engine):
+        engine = engines.fastest(tokenizer.model, asked(), found.name)
+        assert engine.name == found.name
+        assert np.array_equal(engine.document(TEXTS[0]), found.document(TEXTS[0]))
+        assert pickle.loads(pickle.dumps(Tokenizer(path, known=found.name))).engine.name == found.name
+    with pytest.raises(AssertionError, match="probed"):
+        engines.fastest(tokenizer.model, asked(), "fastokens of another version")
+
+
 def test_an_engine_that_gives_other_ids_or_is_absent_is_not_taken(tokenizer, monkeypatch):
     fast = engines.fastest(tokenizer.model, [])
 

@@ -42,6 +42,8 @@ class Job:
         benchmarks: Names and sha256 of the benchmarks whose text is left out.
         num_units, num_bytes: What there is to read.
         units_sha256: Of the list of units: it differs where a file's name, size or time of change does.
+        engine: What was found to compute the tokenizer's ids, so that workers need not find out. It is not what a job
+            is known by, since all engines give the same.
     """
 
     corpus: Corpus
@@ -56,6 +58,7 @@ class Job:
     num_units: int = 0
     num_bytes: int = 0
     units_sha256: str = ""
+    engine: str = dataclasses.field(default="", compare=False)
 
     @property
     def folder(self) -> Path:
@@ -89,7 +92,7 @@ class Job:
         Raises:
             UserError: it cannot be read, or is not the one that the job was planned with.
         """
-        tokenizer = Tokenizer(self.tokenizer_path)
+        tokenizer = Tokenizer(self.tokenizer_path, known=self.engine)
         if tokenizer.sha256 != self.tokenizer_sha256:
             raise UserError(f"{self.tokenizer_path} has changed since {self.folder} was made; remove that folder")
         return tokenizer
@@ -147,11 +150,14 @@ class Job:
             with temporary.open("wb") as file, own_places.open("wb") as places:
                 job = self._cut(units, file, places)
             if goes_on:
-                _same(Job.load(self.folder), job)
+                planned = Job.load(self.folder)
+                _same(planned, job)
+                job = dataclasses.replace(job, engine=planned.engine)
             elif job.finished() is None:
                 self._refuse_shards()
                 rename(temporary, self.folder / _UNITS)
                 rename(own_places, self.folder / _PLACES)
+                job = dataclasses.replace(job, engine=self.tokenizer.engine.name)
                 job._write()
         finally:
             temporary.unlink(missing_ok=True)
@@ -164,7 +170,7 @@ class Job:
         """Of what a side's shard is made: SHA-256 of options and of the list of units; goes to PREFIX.json as `job`."""
         values = dataclasses.asdict(self) | {"valid": self.valid is not None, "side": side}
         values["corpus"].pop("inputs")  # where they are does not matter
-        for key in ("output", "tokenizer_path"):
+        for key in ("output", "tokenizer_path", "engine"):
             values.pop(key)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -227,7 +233,7 @@ def _same(old: Job, new: Job) -> None:
     mend = f"give the same inputs and options to go on with it, or remove {old.folder}"
     before, now = (_flat(dataclasses.asdict(job)) for job in (old, new))
     for key in now:
-        if key in ("num_units", "num_bytes"):
+        if key in ("num_units", "num_bytes", "engine"):
             continue
         if key == "units_sha256" and before[key] != now[key]:
             raise UserError(f"{old.folder} is of inputs that have changed since; {mend}")
