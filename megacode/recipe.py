@@ -288,7 +288,8 @@ class CheckpointSection(Section):
     every_steps: int = Field(default=1000, gt=0)
     """A checkpoint after every so many steps, and one at the end."""
     start_from: str | None = None
-    """A checkpoint folder whose weights a new run starts from (not its optimizer nor its data position)."""
+    """A new stage: a checkpoint folder, of a run or converted, whose weights a new run starts from. Optimizer, schedule
+    and data begin anew; model.rope_theta, model.max_positions and the sequence length may be others."""
 
 
 class LoggingSection(Section):

@@ -70,6 +70,7 @@ class CheckpointReader:
         progress: where the run stood.
         precision: "bf16" or "fp32", the run's arithmetic; of weights that were converted, their own.
         dtype: as which the weights are stored: fp32 (the masters of a run), or what they were converted from.
+        start_from: the checkpoint whose weights the run began from; None: at random.
         optimizer: whose states are there; None: weights alone.
 
     Raises:
@@ -95,6 +96,7 @@ class CheckpointReader:
         self.progress = Progress(**manifest["progress"])
         self.precision: str = manifest["precision"]
         self.dtype = DTYPES[manifest.get("dtype", "fp32")]
+        self.start_from: str | None = manifest.get("start_from")
         self.optimizer: str | None = manifest.get("optimizer", OPTIMIZER)
 
     @property

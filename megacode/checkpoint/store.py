@@ -129,6 +129,7 @@ def _finish(partial: Path, folder: Path, recipe: Recipe, progress: Progress, rep
         "precision": recipe.precision,
         "dtype": "fp32",
         "optimizer": OPTIMIZER,
+        "start_from": recipe.checkpoint.start_from,
         "files": files,
         "tensors": {name: tensors[name] for name in sorted(tensors, key=global_order)},
     }

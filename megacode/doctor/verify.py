@@ -96,7 +96,7 @@ def prepare(recipe: Recipe, texts: Sequence[str], factor: float) -> tuple[Recipe
         check_config(served, device)
     start.open_streams(recipe, tokenizer)
     if recipe.checkpoint.start_from is not None:
-        start.open_weights(recipe, Path(recipe.checkpoint.start_from)).verify()
+        start.open_weights(recipe, Path(recipe.checkpoint.start_from), new_stage=True).verify()
     needed, free = REFERENCE_BYTES * num_parameters(recipe.model), _free_bytes()
     if needed > free:
         raise UserError(

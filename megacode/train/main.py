@@ -177,7 +177,8 @@ class Run:
         """Rank 0 opens the run's files and says what starts."""
         doing("opening the run's files")
         steps = self.recipe.schedule.steps
-        print(f"{'resuming from ' + str(newest) if newest else 'starting'} at step {step}", flush=True)
+        what = f"resuming from {newest}" if newest else f"starting from {start.describe_weights(self.recipe)}"
+        print(f"{what} at step {step}", flush=True)
         for operation, reason in reasons.items():
             print(f"{operation} by {facts['backends'][operation]} ({reason})", flush=True)
         for name, source in facts["data"]["sources"].items():

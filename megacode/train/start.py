@@ -55,25 +55,36 @@ def new_progress(recipe: Recipe, stream: TrainStream) -> Progress:
 
 
 def check_run_folder(recipe: Recipe, stream: TrainStream) -> None:
-    """Refuse to go on with a run whose checkpoints are of another model, tokenizer, seed, corpus or order of samples.
+    """Refuse to go on with a run whose checkpoints are of another model, tokenizer, seed, corpus or order of samples,
+    and to start a new stage in the folder of a run.
 
     Raises:
         UserError: names the key that differs.
     """
     newest = store.newest(Path(recipe.run))
-    checkpoint = newest or recipe.checkpoint.start_from
-    if checkpoint is None:
-        return
-    reader = open_weights(recipe, Path(checkpoint))
     if newest is None:
+        if recipe.checkpoint.start_from is not None:
+            open_weights(recipe, Path(recipe.checkpoint.start_from), new_stage=True)
         return
+    reader = open_weights(recipe, newest)
     here, there = (_counted_by(progress) for progress in (new_progress(recipe, stream), reader.progress))
     for key in here:
         if here[key] != there.get(key):
             raise UserError(
                 f"{key} is {here[key]} and {newest} has {there.get(key)}, by which it counts its samples; change it "
-                f"back, or name another `run` folder (checkpoint.start_from takes the weights along)"
+                f"back, or {_new_stage(newest)}"
             )
+    begun_from = reader.start_from
+    if recipe.checkpoint.start_from not in (None, begun_from):
+        raise UserError(
+            f"checkpoint.start_from is {recipe.checkpoint.start_from} and the run in {recipe.run} has begun "
+            f"{'from ' + begun_from if begun_from else 'at random weights'}; name another `run` folder for a new "
+            f"stage, or leave checkpoint.start_from out to go on"
+        )
+
+
+def _new_stage(checkpoint: Path) -> str:
+    return f"start a new stage: another `run` folder, and checkpoint.start_from: {checkpoint}"
 
 
 def _counted_by(progress: Progress) -> dict[str, Any]:
@@ -91,24 +102,42 @@ def _counted_by(progress: Progress) -> dict[str, Any]:
     return facts
 
 
-def open_weights(recipe: Recipe, checkpoint: Path) -> CheckpointReader:
+def open_weights(recipe: Recipe, checkpoint: Path, new_stage: bool = False) -> CheckpointReader:
     """A checkpoint of the recipe's model and tokenizer.
+
+    Args:
+        recipe: with its vocabulary.
+        checkpoint: a step folder, or what was converted.
+        new_stage: its weights alone are taken, and rotary positions may have another base (Code Llama's long-context
+            stage: Roziere et al. 2023, section 2.4).
 
     Raises:
         UserError: it is none, or one of another model or tokenizer; names the key that differs.
     """
     reader = CheckpointReader(checkpoint)
+    free = {"preset", "init_std", "max_positions", *(["rope_theta"] if new_stage else [])}
     for key in type(reader.model).model_fields:
         here, there = getattr(recipe.model, key), getattr(reader.model, key)
-        if here != there and key not in ("preset", "init_std", "max_positions"):
-            raise UserError(
-                f"model.{key} is {here} and {checkpoint} has {there}; change it, or name another `run` folder"
-            )
+        if here != there and key not in free:
+            mend = "change the one, or name another checkpoint.start_from"
+            if not new_stage:
+                mend = "change it back, or " + (_new_stage(checkpoint) if key == "rope_theta" else "name another `run`")
+            raise UserError(f"model.{key} is {here} and {checkpoint} has {there}; {mend}")
     if Path(recipe.tokenizer.path).read_bytes() != reader.tokenizer_path.read_bytes():
-        raise UserError(
-            f"tokenizer.path differs from the tokenizer of {checkpoint}; name that one, or another `run` folder"
-        )
+        key = "checkpoint.start_from" if new_stage else "`run` folder"
+        raise UserError(f"tokenizer.path differs from the tokenizer of {checkpoint}; name that one, or another {key}")
     return reader
+
+
+def describe_weights(recipe: Recipe) -> str:
+    """What a new run starts from, in words."""
+    if recipe.checkpoint.start_from is None:
+        return f"random weights of seed {recipe.seed}"
+    reader = CheckpointReader(Path(recipe.checkpoint.start_from))
+    text = f"the weights of {reader.folder} (step {reader.step})"
+    if recipe.model.rope_theta != reader.model.rope_theta:
+        text += f", with model.rope_theta {recipe.model.rope_theta:g} instead of {reader.model.rope_theta:g}"
+    return text
 
 
 def check_disk(recipe: Recipe) -> None:

@@ -228,6 +228,26 @@ def parallel(
     return [outcome if mesh.zero_rank == 0 else Outcome(outcome.losses, outcome.norms, gathers=outcome.gathers), parts]
 
 
+def move(config: Recipe, load: Path, save: Path) -> int:
+    """Load a checkpoint into the recipe's layout and save it from there, without a step; Adam's step count."""
+    from megacode.checkpoint import store
+    from megacode.checkpoint.reader import CheckpointReader
+    from megacode.engine.zero import ZeroEngine, start_deepspeed
+    from megacode.parallel import mesh as meshes
+    from megacode.train.start import resume, writer
+
+    start_deepspeed()
+    plan = fit(config, dist.get_world_size())
+    mesh = _mesh(meshes.build_mesh, plan.pipeline, plan.data, plan.tensor, plan.context)
+    engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
+    progress = resume(engine, CheckpointReader(load), mesh)
+    parts = {name: part_of(parameter) for name, parameter in engine.parameters.items()}
+    store.save(save, config, progress, parts, engine.read, writer(mesh))
+    count = engine.optimizer_step
+    engine.engine.destroy()
+    return count
+
+
 def fetches(config: Recipe, without: tuple[str, ...]) -> int:
     """How often ZeRO-3's hooks ask for the parameters of a module, on this rank in one step."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator

@@ -4,6 +4,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from support.exports import write_checkpoint
+from support.training import recipe
 
 from megacode.checkpoint.reader import Progress
 from megacode.errors import UserError
@@ -19,7 +21,7 @@ PROGRESS = Progress(3, 12, 3, 1, 64, 900, "concatenate", 2, SOURCES)
 
 def resume(monkeypatch, here, there):
     monkeypatch.setattr(start.store, "newest", lambda folder: "CHECKPOINT")
-    monkeypatch.setattr(start, "open_weights", lambda recipe, path: SimpleNamespace(progress=there))
+    monkeypatch.setattr(start, "open_weights", lambda recipe, path: SimpleNamespace(progress=there, start_from=None))
     monkeypatch.setattr(start, "new_progress", lambda recipe, stream: here)
     start.check_run_folder(SimpleNamespace(run="RUN", checkpoint=SimpleNamespace(start_from=None)), None)
 
@@ -68,3 +70,54 @@ def test_the_ledger_adds_up():
     assert _add_labels(resumed, ("code", "text"), [1.0, 2.0, 4.0, 8.0]) == {
         "code": {"labels": 18, "infilled_labels": 7}, "text": {"labels": 15, "infilled_labels": 8},
     }  # fmt: skip
+
+
+STAGE = {"preset": "nano", "hidden": 64, "ffn": 176, "layers": 2, "init_std": 0.1}
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory):
+    """The checkpoint of an earlier stage, with a base of rotary positions of 10,000."""
+    return write_checkpoint(tmp_path_factory.mktemp("first"))
+
+
+def second_stage(first_stage, run, start_from="", **model):
+    rows = {"vocabulary": first_stage.model.vocabulary}
+    return recipe(
+        run=str(run),
+        model={**STAGE, **rows, **model},
+        tokenizer={"path": str(first_stage.tokenizer_path)},
+        checkpoint={"start_from": str(first_stage.folder) if start_from == "" else start_from},
+    )
+
+
+def check(config, monkeypatch):
+    monkeypatch.setattr(start, "new_progress", lambda recipe, stream: PROGRESS)
+    start.check_run_folder(config, None)
+
+
+def test_a_new_stage_may_have_another_base_of_rotary_positions(first_stage, tmp_path, monkeypatch):
+    config = second_stage(first_stage, tmp_path, rope_theta=1e6, max_positions=16384)
+    check(config, monkeypatch)
+    assert start.describe_weights(config) == (
+        f"the weights of {first_stage.folder} (step 7), with model.rope_theta 1e+06 instead of 10000"
+    )
+
+
+def test_a_new_stage_has_the_same_model_otherwise(first_stage, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"model.layers is 3 and .*; change the one, or name another checkpoint.start"):
+        check(second_stage(first_stage, tmp_path, layers=3), monkeypatch)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        check(second_stage(first_stage, tmp_path, start_from=str(tmp_path)), monkeypatch)
+
+
+def test_a_resume_is_no_new_stage(first_stage, monkeypatch):
+    """In the folder of a run that has checkpoints neither another theta nor other weights to start from pass."""
+    run = first_stage.folder.parent.parent
+    config = second_stage(first_stage, run, rope_theta=1e6)
+    with pytest.raises(UserError, match=r"rope_theta is 1000000.0 and .* has 10000.0; .* new stage: another `run` fol"):
+        check(config, monkeypatch)
+    monkeypatch.setattr(start, "new_progress", lambda recipe, stream: first_stage.progress)
+    with pytest.raises(UserError, match=r"has begun at random weights; name another `run` folder for a new stage"):
+        start.check_run_folder(second_stage(first_stage, run), None)
+    start.check_run_folder(second_stage(first_stage, run, start_from=None), None)
