@@ -43,8 +43,8 @@ class Ending:
     """How often the job has been started again."""
     max_restarts: int
     state: str
-    """The job's, as squeue says it. Where SLURM is ending it already, it knows whether it comes back: not after scancel,
-    by itself after a preemption."""
+    """The job's, as squeue says it. Where SLURM is ending it already, it knows whether it comes back: not after
+    scancel, by itself after a preemption."""
 
 
 def decide(ending: Ending) -> tuple[int, str]:
