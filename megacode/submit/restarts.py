@@ -43,7 +43,8 @@ class Ending:
     """How often the job has been started again."""
     max_restarts: int
     state: str
-    """The job's, as squeue says it: one that is cancelled must not come back."""
+    """The job's, as squeue says it. Where SLURM is ending it already, it knows whether it comes back: not after
+    scancel, by itself after a preemption."""
 
 
 def decide(ending: Ending) -> tuple[int, str]:
@@ -71,7 +72,7 @@ def decide(ending: Ending) -> tuple[int, str]:
         mend = "submit it again, with a higher --max-restarts if need be"
         return GIVEN_UP, f"{what}; not started again: it was {ending.restarts} times already; {mend}"
     if ending.state != "RUNNING":
-        return STOPPED, f"{what}; not started again: SLURM calls the job {ending.state or 'unknown'}; submit it again"
+        return STOPPED, f"{what}; SLURM calls the job {ending.state or 'unknown'}, and starts it again or not"
     return AGAIN, f"{what}; it goes on from step {ending.step}"
 
 

@@ -74,7 +74,7 @@ def test_a_run_that_much_interrupts_is_the_same_bit_for_bit(submit, straight):
         other = cluster.run("sbatch", "--parsable", "-N2", "--exclusive", "-o", "/dev/null", "--wrap=sleep 1").strip()
         job.wait(lambda: len(job.starts("end")) > 1 and job.starts("end")[-1]["restarts"] == 2)
         end = job.starts("end")[-1]
-        assert (end["again"], end["asked"]) == (True, True)
+        assert end["asked"]
         job.wait(lambda: other not in cluster.queued())
 
         job.wait_for_start(3)
@@ -103,7 +103,7 @@ def test_a_time_limit_then_a_cancellation_then_other_nodes(submit):
         job.wait(lambda: len(job.starts("end")) == 2)
     cancelled = job.starts("end")[1]
     assert not cancelled["again"]
-    assert "not started again: SLURM calls the job COMPLETING" in cancelled["reason"]
+    assert cancelled["reason"].endswith("; SLURM calls the job COMPLETING, and starts it again or not")
     saved = cancelled["step"]
     assert saved > end["step"], "there is time to save"
 

@@ -39,6 +39,24 @@ def test_a_signal_asks_to_stop(tmp_path, handlers, number):
     assert asked(requests).stop == signal.Signals(number).name
 
 
+def test_a_warning_while_the_interpreter_ends_does_not_kill_it():
+    """Python gives handlers of its own back to the system then, and not what is ignored."""
+    program = """
+import os, signal, sys
+from pathlib import Path
+from megacode.train.faults import Requests
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):
+        kill(pid, number)
+requests = Requests(Path("."), looks=False)
+requests.listen()
+requests.rest()
+sys.last = Last()  # goes when handlers are gone
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path, handlers):
     requests = Requests(tmp_path, looks=False)
     requests.listen()
