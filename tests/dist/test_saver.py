@@ -62,14 +62,22 @@ def test_what_is_kept_is_what_the_engine_has(worlds, layout):
     assert max(len(kept) for kept, _ in ranks) < 0.7 * whole
 
 
-def train(recipe: Path, *overrides):
+def start(recipe: Path, *overrides) -> subprocess.Popen:
     """One process, without a launcher."""
-    environment = {**ENVIRONMENT, "MASTER_PORT": str(20000 + os.getpid() % 20000), "RANK": "0", "WORLD_SIZE": "1"}
-    command = [sys.executable, "launchers/train.py", str(recipe), "parallel.pipeline=1", "logging.validate_every_steps=100"]
-    return subprocess.run(
-        [*command, *overrides], cwd=ROOT, env={**environment, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, text=True,
-        capture_output=True, timeout=240, check=False,
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    environment = {**ENVIRONMENT, **places, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    changes = ["parallel.pipeline=1", "logging.validate_every_steps=100", *overrides]
+    return subprocess.Popen(
+        [sys.executable, "launchers/train.py", str(recipe), *changes], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def train(recipe: Path, *overrides) -> tuple[int, str]:
+    """Exit code and output."""
+    with start(recipe, *overrides) as process:
+        output, _ = process.communicate(timeout=240)
+        return process.returncode, output
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +88,9 @@ def recipe(tmp_path_factory):
 def test_a_run_keeps_what_it_should_and_its_losses(recipe):
     """Bit for bit those of a run that saves once."""
     often, seldom = (recipe.parent / name for name in ("often", "seldom"))
-    done = train(recipe, f"run={often}", "checkpoint={every_steps: 1, keep_last: 2, keep_every: 3}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert train(recipe, f"run={seldom}", "checkpoint.every_steps=100").returncode == 0
+    code, output = train(recipe, f"run={often}", "checkpoint={every_steps: 1, keep_last: 2, keep_every: 3}")
+    assert code == 0, output[-3000:]
+    assert train(recipe, f"run={seldom}", "checkpoint.every_steps=100")[0] == 0
     assert [step_of(folder) for folder in finished(often)] == [3, 6, 7, 8]
     assert not list((often / "checkpoints").glob(".*"))
     figures = [[(line["loss"], line["grad_norm"]) for line in metrics(run) if "loss" in line] for run in (often, seldom)]
@@ -95,28 +103,49 @@ def test_a_run_keeps_what_it_should_and_its_losses(recipe):
     assert all(0 < event["blocked_seconds"] <= event["seconds"] for event in saved)
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_its_last_checkpoint(recipe, tmp_path):
+@pytest.fixture
+def disk(recipe, tmp_path):
+    """A folder on a disk of its own, with room for a checkpoint and most of another."""
     _, config = open_tokenizer(load(recipe))
-    disk = tmp_path / "disk"
-    disk.mkdir()
+    folder = tmp_path / "disk"
+    folder.mkdir()
     size = 17 * checkpoint_bytes(config) // 10 // 1024
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], capture_output=True, text=True, check=False
-    )
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
-    try:
-        done = train(recipe, f"run={disk}/run", "checkpoint.every_steps=2")
-        output = done.stdout + done.stderr
-        assert done.returncode == 2, output[-3000:]
-        (line,) = (line for line in output.splitlines() if line.startswith("error: "))
-        assert "No space left on device; make room on that disk, then start again" in line
-        assert line.endswith(f"{disk}/run/checkpoints/step_00000002 is the run's last good one")
-        assert "Traceback" not in output
-        assert (status(disk / "run")["outcome"], f"error: {status(disk / 'run')['message']}") == ("failed", line)
-        assert status(disk / "run")["checkpoint"] == f"{disk}/run/checkpoints/step_00000002"
-        CheckpointReader(newest(disk / "run")).verify()
-        assert step_of(newest(disk / "run")) == 2
-        assert not list((disk / "run/checkpoints").glob("*.partial"))
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", folder], capture_output=True, check=False)  # a test may have done so
+
+
+def told(code: int, output: str) -> str:
+    """The one line of a mistake."""
+    assert code == 2, output[-3000:]
+    assert "Traceback" not in output
+    (line,) = (line for line in output.splitlines() if line.startswith("error: "))
+    return line.removeprefix("error: ")
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_its_last_checkpoint(recipe, disk):
+    run = disk / "run"
+    line = told(*train(recipe, f"run={run}", "checkpoint.every_steps=2"))
+    assert "No space left on device; make room on that disk, then start again" in line
+    assert line.endswith(f"{run}/checkpoints/step_00000002 is the run's last good one")
+    assert (status(run)["outcome"], status(run)["message"]) == ("failed", line)
+    assert status(run)["checkpoint"] == f"{run}/checkpoints/step_00000002"
+    CheckpointReader(newest(run)).verify()
+    assert step_of(newest(run)) == 2
+    assert not list((run / "checkpoints").glob("*.partial"))
+
+
+def test_a_disk_that_vanishes_ends_the_run_with_one_line_and_nothing_comes_up_below(recipe, disk):
+    with start(recipe, f"run={disk}/run", "checkpoint.every_steps=4") as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("step 2/"):
+                subprocess.run(["umount", "-l", disk], check=True)
+        code = process.wait(timeout=60)
+    message = told(code, "".join(lines))
+    assert f"{disk}/run/recipe.yaml: No such file or directory; bring its disk back (is it mounted?)" in message
+    assert not list(disk.iterdir())

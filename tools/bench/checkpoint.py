@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -189,9 +189,8 @@ def _together(commands: list[list[str]]) -> float:
     return time.monotonic() - begun
 
 
-def measure(folder: Path, processes: int, layouts: list[dict[str, Any]], hidden: int, times: int) -> list[Row]:
+def measure(folder: Path, processes: int, layouts: list[dict[str, Any]], hidden: int, times: int) -> Iterator[Row]:
     """Every layout, in a folder of the disk."""
-    rows = []
     for parallel in layouts:
         with tempfile.TemporaryDirectory(prefix="megacode-checkpoint-", dir=folder) as name:
             run = Path(name)
@@ -212,8 +211,7 @@ def measure(folder: Path, processes: int, layouts: list[dict[str, Any]], hidden:
             team.stop()
         seconds: dict[str, Any] = {f"{key}_seconds": best[key] for key in SECONDS}
         sizes: dict[str, Any] = {f"{key}_bytes": int(best[key]) for key in ("share", "extra", "largest")}
-        rows.append(Row(f"{processes} x {layout_words(parallel)}", int(best["bytes"]), **sizes, **seconds))
-    return rows
+        yield Row(f"{processes} x {layout_words(parallel)}", int(best["bytes"]), **sizes, **seconds)
 
 
 def table(rows: list[Row]) -> str:
@@ -252,8 +250,10 @@ def main(
     Example: python -m megacode.tools.bench.checkpoint --folder /scratch
     """
     with json_output(json_file) as write_json:
-        rows = measure(folder, processes, LAYOUTS, hidden, times)
-        write_json([asdict(row) for row in rows])
+        rows = []
+        for row in measure(folder, processes, LAYOUTS, hidden, times):
+            rows.append(row)
+            write_json([asdict(row) for row in rows], whole=len(rows) == len(LAYOUTS))
         print(table(rows))
 
 
