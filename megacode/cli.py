@@ -1,9 +1,11 @@
 """`megacode COMMAND`: a table of the tools."""
 
 import sys
+from typing import Annotated
 
 import typer
 
+import megacode
 from megacode.errors import UserError
 from megacode.tools import (
     checkpoint,
@@ -27,6 +29,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(megacode.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _megacode(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Holds what `megacode` takes before a command."""
+
+
 app.command()(prepare.prepare)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(convert.app, name="convert")

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
+import megacode
 from megacode import cli
 from megacode.errors import UserError
 from megacode.tools.bench import (
@@ -72,3 +74,8 @@ def test_it_takes_a_file_in_every_command():
         one.command()(bench.main)
         (found[bench.__name__],) = [p for p in typer.main.get_command(one).params if "--json" in p.opts]
     assert all(option.metavar == "FILE" and not option.is_flag for option in found.values())
+
+
+def test_the_version_is_asked_for_without_a_command():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"{megacode.__version__}\n")
