@@ -5,6 +5,7 @@ DeepSpeed 0.19.8: `check_version` refuses another, since a name that moved would
 """
 
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3, stage_1_and_2, utils
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import (
@@ -103,6 +105,16 @@ def skip_shared_memory_op() -> None:
     `import deepspeed.comm.torch as x` would give torch itself (the package has an attribute of that name).
     """
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def import_muon_plainly() -> None:
+    """DeepSpeed imports its Muon with any engine and decorates it by torch.compile: 1 s of a core, for nothing here."""
+    decorate = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = decorate
 
 
 def skip_device_count() -> None:

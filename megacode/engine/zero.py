@@ -56,6 +56,7 @@ def start_deepspeed() -> None:
     private.expect_segments()
     with uncollected():
         importlib.import_module("torch._dynamo")  # torch's optimizers and DeepSpeed import it at their first use
+        private.import_muon_plainly()
     deepspeed.init_distributed(verbose=False)
 
 

@@ -42,8 +42,8 @@ class Job:
         benchmarks: Names and sha256 of the benchmarks whose text is left out.
         num_units, num_bytes: What there is to read.
         units_sha256: Of the list of units: it differs where a file's name, size or time of change does.
-        engine: What was found to compute the tokenizer's ids, so that workers need not find out. It is not what a job
-            is known by, since all engines give the same.
+        engine: Of a job that was read from its folder, what was found to compute the tokenizer's ids, so that workers
+            need not find out. A job is not known by it, since all engines give the same.
     """
 
     corpus: Corpus
@@ -157,7 +157,6 @@ class Job:
                 self._refuse_shards()
                 rename(temporary, self.folder / _UNITS)
                 rename(own_places, self.folder / _PLACES)
-                job = dataclasses.replace(job, engine=self.tokenizer.engine.name)
                 job._write()
         finally:
             temporary.unlink(missing_ok=True)
@@ -211,7 +210,9 @@ class Job:
     def _write(self) -> None:
         path = self.folder / _JOB
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1), encoding="utf-8")
+        # Here is who finds it: this process goes on with the tokenizer at hand.
+        values = {"format": _FORMAT, **dataclasses.asdict(self), "engine": self.tokenizer.engine.name}
+        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
         rename(temporary, path)
 
 
