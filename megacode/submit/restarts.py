@@ -65,14 +65,14 @@ def decide(ending: Ending) -> tuple[int, str]:
         "running": "the run ended without a word",
         "stopped": "the run was asked to stop and has saved",
     }.get(outcome, f"the run failed ({message})")
+    if ending.state != "RUNNING":
+        return STOPPED, f"{what}; SLURM calls the job {ending.state or 'unknown'}, and starts it again or not"
     if ending.step <= ending.first_step:
         least = "; ask for more time, or let it be asked earlier (--signal-seconds)" if asked else ""
         return GIVEN_UP, f"{what}; not started again: no step was gained since step {ending.first_step}{least}"
     if ending.restarts >= ending.max_restarts:
         mend = "submit it again, with a higher --max-restarts if need be"
         return GIVEN_UP, f"{what}; not started again: it was {ending.restarts} times already; {mend}"
-    if ending.state != "RUNNING":
-        return STOPPED, f"{what}; SLURM calls the job {ending.state or 'unknown'}, and starts it again or not"
     return AGAIN, f"{what}; it goes on from step {ending.step}"
 
 

@@ -27,6 +27,8 @@ SAVED = Ending(
         ({"step": 10}, GIVEN_UP, "no step was gained since step 10; ask for more time"),
         ({"restarts": 5}, GIVEN_UP, "it was 5 times already"),
         ({"state": "COMPLETING"}, STOPPED, "SLURM calls the job COMPLETING"),
+        ({"state": "COMPLETING", "step": 10, "restarts": 5}, STOPPED, "starts it again or not"),  # a node was lost
+        ({"state": "COMPLETING", "status": {"outcome": "finished"}}, FINISHED, "finished"),
         ({"state": ""}, STOPPED, "SLURM calls the job unknown"),
         ({"asked": False, "status": {"outcome": "failed", "message": "rank 1"}}, AGAIN, r"failed \(rank 1\); it"),
         ({"asked": False, "status": {"outcome": "failed", "message": "no"}, "step": 10}, GIVEN_UP, "since step 10$"),
