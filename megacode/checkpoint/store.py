@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,9 +122,9 @@ class Share:
         memory = torch.empty(sum(len(KEYS) * math.prod(shape) for shape in shapes.values()))
         self.num_bytes = memory.nbytes
         if pinned and self.num_bytes:
-            # Not pin_memory, which takes powers of two: up to twice the memory.
-            error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-            torch.cuda.check_error(int(error))
+            _pin(memory)
+            # The allocator may give this memory to others once it is free, and they may want to pin it.
+            weakref.finalize(self, _unpin, memory).atexit = False
         pieces = memory.split([math.prod(shape) for shape in shapes.values() for _ in KEYS])
         places = [(name, key) for name in shapes for key in KEYS]
         self.values = {place: piece.view(shapes[place[0]]) for place, piece in zip(places, pieces, strict=True)}
@@ -158,6 +159,17 @@ class Share:
         except OSError as error:
             problem = explain(error, path)
         return Report(self.rank, files, self.tensors, problem)
+
+
+def _pin(memory: Tensor) -> None:
+    """Not by pin_memory, which takes powers of two: up to twice the memory."""
+    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    torch.cuda.check_error(int(error))
+
+
+def _unpin(memory: Tensor) -> None:
+    error = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    torch.cuda.check_error(int(error))
 
 
 def _write_file(path: Path, tensors: dict[str, Tensor], stop: Callable[[], bool]) -> dict[str, Any]:

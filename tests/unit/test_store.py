@@ -1,11 +1,13 @@
 """What can come between a run and its checkpoints' disk: one clear line, and the last good one stays."""
 
+import gc
 import json
 import os
 import pickle
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +196,22 @@ def test_names_come_after_contents(tmp_path, monkeypatch):
     assert all(sizes[path.name] == path.stat().st_size for path in folder.iterdir()), "synced before all was written"
     assert order[place - 1] == partial
     assert order[place + 1 :] == ["checkpoints", "checkpoints/.latest.tmp", "-> latest", "checkpoints"]
+
+
+def test_pinned_memory_is_given_back_with_the_share(monkeypatch):
+    calls = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *args: calls.append(("register", *args)) or 0,
+        cudaHostUnregister=lambda *args: calls.append(("unregister", *args)) or 0,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda error: None)
+    share = Share(PARTS, ALONE, pinned=True)
+    pointer = next(iter(share.values.values())).data_ptr()
+    assert calls == [("register", pointer, share.num_bytes, 0)]
+    del share
+    gc.collect()
+    assert calls[1:] == [("unregister", pointer)]
 
 
 def test_a_shard_that_the_manifest_does_not_name_is_missing(tmp_path):
