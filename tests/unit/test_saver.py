@@ -32,9 +32,7 @@ def make(tmp_path):
 
     def build(**section):
         (tmp_path / "recipe.yaml").touch()
-        recipe = config(tmp_path)
-        recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update=section)})
-        return Saver(recipe, PARTS, fill(1), ALONE, Book(), lambda: None, pinned=False)
+        return Saver(config(tmp_path, **section), PARTS, fill(1), ALONE, Book(), lambda: None, pinned=False)
 
     return build
 
