@@ -207,7 +207,7 @@ def checkpoint_folder(path: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    from megacode.checkpoint.store import newest
+    from megacode.checkpoint.keep import newest
 
     if not path.is_dir():
         raise UserError(f"{path} is no folder; name a run folder or one of its checkpoints/step_*")

@@ -133,7 +133,7 @@ def _status(run: Path) -> dict[str, Any]:
 def _export(library: Path, run: Path, target: Path) -> dict[str, Any]:
     """The receipt of the export, comparing on every validation document."""
     from megacode.checkpoint.convert.folder import RECEIPT
-    from megacode.checkpoint.store import newest
+    from megacode.checkpoint.keep import newest
     from megacode.data.preparing.corpus import Corpus, is_valid
     from megacode.tools import convert
 
@@ -165,7 +165,7 @@ def _write(folder: Path) -> None:
 
 
 def _summary(recipe: Any, receipt: dict[str, Any], seconds: dict[str, float]) -> None:
-    from megacode.checkpoint.store import newest
+    from megacode.checkpoint.keep import newest
     from megacode.data.shards import Shards
     from megacode.data.validation import unigram_entropy
 

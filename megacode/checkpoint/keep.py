@@ -10,6 +10,9 @@ from megacode.data.durable import sync
 
 PARTIAL = ".partial"
 """Ends the name of a checkpoint that is being written, or whose writing was cut short."""
+LATEST = "latest"
+"""A file of RUN/checkpoints with the name of the newest one, for scripts and other tools; nothing here goes by it. It
+is a file and not a link since some file systems have no links."""
 REMOVED = ".removed"
 """Ends the name, hidden by a dot, of one that is being removed: half of it never looks like a checkpoint."""
 
@@ -58,18 +61,50 @@ def remove(folder: Path) -> None:
     _remove_tree(hidden)
 
 
-def sweep(run: Path) -> None:
-    """Remove what killed runs have left half written or half removed. No other process may be saving in the folder.
+def leftovers(run: Path) -> list[Path]:
+    """What is half written, or half removed; while nobody writes or removes, killed runs have left it."""
+    folder = run / "checkpoints"
+    return [*folder.glob(f"step_*{PARTIAL}"), *folder.glob(f".step_*{REMOVED}")]
+
+
+def point_to(folder: Path) -> None:
+    """Have LATEST name a checkpoint.
 
     Raises:
-        OSError: it can't be removed.
+        OSError: it can't be written.
     """
-    folder = run / "checkpoints"
-    for leftover in (*folder.glob(f"step_*{PARTIAL}"), *folder.glob(f".step_*{REMOVED}")):
+    temporary = folder.with_name(f".{LATEST}.tmp")
+    temporary.write_text(folder.name + "\n", encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, folder.with_name(LATEST))
+    sync(folder.parent)
+
+
+def sweep(run: Path) -> None:
+    """Remove what killed runs have left, and have LATEST name the newest. No other process may be saving in the folder.
+
+    Raises:
+        OSError: it can't be done.
+    """
+    for leftover in leftovers(run):
         _remove_tree(leftover)
+    last = newest(run)
+    if last is not None and _latest(run) != last.name:  # a kill before it was moved; newer ones that were removed
+        point_to(last)
+
+
+def _latest(run: Path) -> str | None:
+    try:
+        return (run / "checkpoints" / LATEST).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
 
 
 def _remove_tree(folder: Path) -> None:
+    if folder.is_symlink():  # to a checkpoint that lies elsewhere: that is not this run's to remove
+        folder.unlink()
+        return
+
     def unless_gone(function: Callable[..., Any], path: str, error: Any) -> None:
         if not isinstance(error[1], FileNotFoundError):
             raise error[1]

@@ -26,6 +26,9 @@ STATES = ("exp_avg", "exp_avg_sq")
 OPTIMIZER = "adamw"
 """Whose states these are."""
 _READ_BYTES = 8 * 2**20
+_MEND = "remove the folder to go on from an earlier one"
+_KEYS = {"tensors": {"shape", "dim", "slices"}, "files": {"bytes", "sha256"}}
+"""What each entry of a section of the manifest has."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -77,7 +80,7 @@ class CheckpointReader:
         optimizer: whose states are there; None: weights alone.
 
     Raises:
-        UserError: the folder holds no checkpoint, or one of another format.
+        UserError: the folder holds no checkpoint, a damaged manifest, or one of another format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,10 +93,21 @@ class CheckpointReader:
                 f"{folder} holds no checkpoint (manifest.json: {error.strerror}); name a step_* folder of a run"
             ) from None
         except ValueError:
-            raise UserError(f"{path} is damaged (not JSON); remove the folder to go on from an earlier one") from None
-        if manifest.get("format") != FORMAT:
-            raise UserError(f"{path} has format {manifest.get('format')}, this megacode reads {FORMAT}")
+            raise UserError(f"{path} is damaged (not JSON); {_MEND}") from None
+        if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
+            raise UserError(f"{path} has format {manifest['format']}, this megacode reads {FORMAT}")
+        try:
+            self._take(manifest)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+            raise UserError(f"{path} is damaged ({reason}); {_MEND}") from None
+
+    def _take(self, manifest: dict[str, Any]) -> None:
         self.manifest = manifest
+        for section, keys in _KEYS.items():
+            for name, entry in manifest[section].items():
+                if lacking := keys - entry.keys():
+                    raise KeyError(f"{min(lacking)} of {name}")
         self.names: list[str] = list(manifest["tensors"])
         self.model = ModelSection.model_validate(manifest["model"])
         self.progress = Progress(**manifest["progress"])
@@ -146,9 +160,7 @@ class CheckpointReader:
                 pieces.append(self._read_slice(piece["rank"], name, key, dim, first - low, last - low))
         value = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
         if value.shape[dim] != stop - start:
-            raise UserError(
-                f"{self.folder}/manifest.json lacks slices of {name}; remove the folder to go on from an earlier one"
-            )
+            raise UserError(f"{self.folder}/manifest.json lacks slices of {name}; {_MEND}")
         return value
 
     def _read_slice(self, rank: int, name: str, key: str, dim: int | None, start: int, stop: int) -> Tensor:
@@ -161,9 +173,7 @@ class CheckpointReader:
                 view = file.get_slice(tensor)
                 return view[start:stop] if dim == 0 else view[:, start:stop]
         except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}); remove the folder to go on from an earlier one"
-            ) from None
+            raise UserError(f"{path} cannot be read ({error}); {_MEND}") from None
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Compare sizes and checksums of every `shares`-th file with the manifest.
@@ -172,7 +182,7 @@ class CheckpointReader:
             UserError: a file is missing, shortened or altered.
         """
         for problem in self.damage(share, shares):
-            raise UserError(f"{problem}; remove the folder to go on from an earlier one")
+            raise UserError(f"{problem}; {_MEND}")
 
     def damage(
         self, share: int = 0, shares: int = 1, advance: Callable[[int], None] = lambda count: None

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megacode.checkpoint import keep
 from megacode.checkpoint.keep import PARTIAL
-from megacode.checkpoint.keep import newest as newest
 from megacode.checkpoint.reader import FORMAT, OPTIMIZER, STATES, Progress, global_order
 from megacode.checkpoint.tensorfile import TensorFile
 from megacode.data.durable import sync
@@ -30,9 +31,6 @@ from megacode.model.layers import Slice
 from megacode.recipe import Recipe
 
 KEYS = ("weight", *STATES)
-LATEST = "latest"
-"""A file of RUN/checkpoints with the name of the newest one, for scripts and other tools; nothing here goes by it. It
-is a file and not a link since some file systems have no links."""
 
 Gather = Callable[[Sequence[tuple[str, str, int, Tensor | None]]], None]
 """Copies tensors to host memory; collective over the data ranks. Of each: global name, "weight" or a state, the data
@@ -78,7 +76,7 @@ def step_folder(run: Path, step: int) -> Path:
 
 def save(
     folder: Path, recipe: Recipe, progress: Progress, parts: dict[str, Slice], gather: Gather, writer: Writer
-) -> None:
+) -> str | None:
     """Write a checkpoint and wait for it; every rank calls it. The folder appears, whole, when all ranks have written.
 
     Args:
@@ -89,13 +87,12 @@ def save(
         gather: copies tensors to the host.
         writer: this rank's place.
 
-    Raises:
-        UserError: a rank could not write; raised on every rank, and nothing is left of it.
+    Returns and raises as `finish`.
     """
     share = Share(parts, writer)
     begin(folder, writer)
     share.copy(gather)
-    finish(folder, recipe, progress, share.write(folder), writer)
+    return finish(folder, recipe, progress, share.write(folder), writer)
 
 
 class Share:
@@ -125,9 +122,9 @@ class Share:
         memory = torch.empty(sum(len(KEYS) * math.prod(shape) for shape in shapes.values()))
         self.num_bytes = memory.nbytes
         if pinned and self.num_bytes:
-            # Not pin_memory, which takes powers of two: up to twice the memory.
-            error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-            torch.cuda.check_error(int(error))
+            _pin(memory)
+            # The allocator may give this memory to others once it is free, and they may want to pin it.
+            weakref.finalize(self, _unpin, memory).atexit = False
         pieces = memory.split([math.prod(shape) for shape in shapes.values() for _ in KEYS])
         places = [(name, key) for name in shapes for key in KEYS]
         self.values = {place: piece.view(shapes[place[0]]) for place, piece in zip(places, pieces, strict=True)}
@@ -164,6 +161,17 @@ class Share:
         return Report(self.rank, files, self.tensors, problem)
 
 
+def _pin(memory: Tensor) -> None:
+    """Not by pin_memory, which takes powers of two: up to twice the memory."""
+    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    torch.cuda.check_error(int(error))
+
+
+def _unpin(memory: Tensor) -> None:
+    error = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    torch.cuda.check_error(int(error))
+
+
 def _write_file(path: Path, tensors: dict[str, Tensor], stop: Callable[[], bool]) -> dict[str, Any]:
     with TensorFile(path, {name: (each.dtype, tuple(each.shape)) for name, each in tensors.items()}) as file:
         for name, tensor in tensors.items():
@@ -192,19 +200,23 @@ def begin(folder: Path, writer: Writer, must_hold: Path | None = None) -> None:
             must_hold.stat()
         if partial.exists():
             shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        if not partial.parent.exists():
+            partial.parent.mkdir(parents=True)
+            sync(partial.parent.parent)
+        partial.mkdir()
 
     _agree(writer, folder, _try(make, partial) if writer.rank == 0 else None)
 
 
-def finish(
-    folder: Path, recipe: Recipe, progress: Progress, report: Report | None, writer: Writer,
-    stands: Callable[[], None] = lambda: None,
-) -> None:  # fmt: skip
+def finish(folder: Path, recipe: Recipe, progress: Progress, report: Report | None, writer: Writer) -> str | None:
     """Complete a checkpoint that all ranks have written their shares of, and give it its name. Collective.
 
     Args:
         report: this rank's; None where it was told to stop.
+
+    Returns:
+        On rank 0, what went wrong once it had its name: it stands whole, but `latest` may name another, and a power
+        loss may take the name. None: nothing, or another rank.
 
     Raises:
         UserError: a rank could not write; raised on every rank, and nothing is left of it.
@@ -217,12 +229,13 @@ def finish(
         if problem is not None:
             shutil.rmtree(_partial(folder), ignore_errors=True)  # a full disk has room for the reason then
     _agree(writer, folder, problem)
+    return _try(lambda: _settle(folder), folder) if reports is not None else None
 
 
 def _agree(writer: Writer, folder: Path, problem: str | None) -> None:
     """Rank 0's problem, if any, is raised on every rank."""
     if problem is not None:
-        last = newest(folder.parent.parent)
+        last = keep.newest(folder.parent.parent)
         left = f"{last} is the run's last good one" if last else "the run has none yet"
         problem = f"the checkpoint {folder} could not be written: {problem}, then start again; {left}"
     problem = writer.broadcast(problem)
@@ -261,16 +274,11 @@ def _complete(folder: Path, recipe: Recipe, progress: Progress, reports: list[Re
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     sync(*(partial / name for name in ("recipe.yaml", "tokenizer.model", "manifest.json")), partial)
     os.replace(partial, folder)
-    sync(folder.parent)
-    _point_to(folder)
 
 
-def _point_to(folder: Path) -> None:
-    temporary = folder.with_name(f".{LATEST}.tmp")
-    temporary.write_text(folder.name + "\n", encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, folder.with_name(LATEST))
+def _settle(folder: Path) -> None:
     sync(folder.parent)
+    keep.point_to(folder)
 
 
 def _partial(folder: Path) -> Path:

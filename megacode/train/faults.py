@@ -55,9 +55,11 @@ class Requests:
         self._seen = [0.0] * (len(FILES) + len(SIGNALS))
         self._next_look = 0.0
         self._due: list[float] = [math.inf] * len(FILES)
+        self._looked: dict[str, tuple[str, int] | None] = {}
+        """What each file was when it was last looked at."""
         self._told: set[tuple[str, str]] = set()
-        self._taken: set[str] = set()
-        """Files that are being obeyed: they do not ask again."""
+        self._taken: dict[str, tuple[str, int] | None] = {}
+        """Files that are being obeyed, and what they were then: they do not ask again."""
 
     def listen(self) -> None:
         """Take note of signals from now on; before, they end the process as ever, and so does a second Ctrl-C."""
@@ -92,27 +94,32 @@ class Requests:
         return Asked(stop, save)
 
     def take(self, asked: Asked) -> None:
-        """What was asked is being done: the files that asked for it ask for no more until `done`."""
-        self._taken |= {name for name, taken in (("STOP", asked.stop is not None), ("SAVE", asked.save)) if taken}
+        """What was asked is being done: the files that asked for it ask for no more until `done`.
+
+        A file whose step is still to come has asked for nothing, though somebody else has.
+        """
+        doing = {"STOP": asked.stop is not None, "SAVE": asked.save}
+        seen = zip(FILES, self._seen, strict=False)
+        self._taken |= {name: self._looked[name] for name, asks in seen if asks and doing[name]}
 
     def done(self) -> None:
-        """Take away the files that asked for what has been done now."""
+        """Take away the files that asked for what has been done now; one that was written anew meanwhile asks anew."""
         if self.looks:
-            for name in self._taken:
-                (self.run / name).unlink(missing_ok=True)
+            for name, obeyed in self._taken.items():
+                if self._read(name) == obeyed:
+                    (self.run / name).unlink(missing_ok=True)
             self._next_look = 0.0
         self._taken.clear()
 
     def _due_step(self, name: str) -> float:
         """The step at whose end a file asks for something: never where it is not there, at once where it is empty."""
-        file = self.run / name
-        try:
-            text = file.read_text(encoding="utf-8", errors="replace").strip()
-            age_seconds = time.time() - file.stat().st_mtime
-        except OSError:
+        file, found = self.run / name, self._read(name)
+        self._looked[name] = found
+        if found is None:
             return math.inf
+        text, written_ns = found
         if not text:  # `echo 5000 > STOP` makes it empty first
-            return 0 if age_seconds > 0.5 else math.inf
+            return 0 if time.time_ns() - written_ns > 500_000_000 else math.inf
         if text.isdecimal():
             return int(text)
         if (name, text) not in self._told:
@@ -120,6 +127,14 @@ class Requests:
             mend = f"write the number of a step, or empty it (: > {file}) for now"
             print(f"{file} is ignored: it holds {text[:40]!r}; {mend}", file=sys.stderr, flush=True)
         return math.inf
+
+    def _read(self, name: str) -> tuple[str, int] | None:
+        """What a file holds, and when that was written [ns]; None where it is not there."""
+        file = self.run / name
+        try:
+            return file.read_text(encoding="utf-8", errors="replace").strip(), file.stat().st_mtime_ns
+        except OSError:
+            return None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megacode.checkpoint.keep import newest
 from megacode.checkpoint.reader import Progress
 from megacode.data.stream import TrainStream, ValidationStream
 from megacode.engine.zero import ZeroEngine
+from megacode.errors import UserError
 from megacode.model.layers import part_of
 from megacode.parallel import heartbeat
 from megacode.parallel.heartbeat import awaiting_device, communicating, doing
@@ -73,8 +74,11 @@ class Trainer:
             with self.loader:
                 try:
                     asked = self._steps()
-                except FloatingPointError:  # on every rank: the last checkpoint is still worth having
-                    self.saver.wait(self.progress.step)
+                except FloatingPointError as error:  # on every rank: the last checkpoint is still worth having
+                    try:
+                        self.saver.wait(self.progress.step)
+                    except UserError as unwritten:
+                        raise UserError(f"{error}; and {unwritten}") from None
                     raise
         return asked.stop if self.progress.step < schedule.steps else None
 
@@ -107,9 +111,10 @@ class Trainer:
             if last or asked.stop is not None or asked.save or step % checkpoint.every_steps == 0:
                 self.save()
                 self.requests.take(asked)
+            if last or asked.stop is not None:  # who asked may wait for less time than a validation takes
+                self.saver.wait(step)
             if self.validation is not None and (last or step % logging.validate_every_steps == 0):
                 self.validate()
-        self.saver.wait(self.progress.step)
         self.saver.close()
         return asked
 
@@ -232,6 +237,8 @@ class Trainer:
             batches, batch_counts = self._batches(loader)
             sums += self.engine.evaluate(batches)
             counts += batch_counts[: len(counts)]
+            if self.saver.busy:  # a validation may be long, and what is written must not wait for its name
+                self._agree_on_checkpoint()
         with communicating("all-reduce", "world"):
             dist.all_reduce(sums)
         if self.journal is not None:
@@ -239,6 +246,14 @@ class Trainer:
                 num_valid, total = int(counts.sum()), float(sums.sum())
             figures = validation_figures(total / self.mesh.tensor, num_valid)
             self.journal.metrics({"step": self.progress.step, **figures})
+
+    def _agree_on_checkpoint(self) -> None:
+        noted = to_device(self.saver.noted(), self.device)
+        with communicating("all-reduce", "world"):
+            dist.all_reduce(noted)
+        with awaiting_device():
+            totals = noted.tolist()
+        self.saver.agree(totals, self.progress.step)
 
     def save(self) -> None:
         """Take a checkpoint of this step; it is written while the run goes on.

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megacode import recipe
-from megacode.checkpoint import keep, store
+from megacode.checkpoint import keep
 from megacode.data.stream import ORDER, TrainStream, ValidationStream
 from megacode.data.tokenizer import Tokenizer
 from megacode.engine.zero import ZeroEngine, check_config, check_version, start_deepspeed
@@ -162,7 +162,7 @@ class Run:
         compare_parameters(engine.parameters, mesh)
         # Rank 0 decides: on network file systems the ranks may see different newest folders.
         ranks = start.writer(mesh)
-        newest = ranks.broadcast(store.newest(self.folder))
+        newest = ranks.broadcast(keep.newest(self.folder))
         if mesh.rank == 0:
             doing("removing what a killed run left of checkpoints", patient=True)
             keep.sweep(self.folder)
@@ -265,7 +265,7 @@ class Run:
             self.journal.close()
         if first:
             with suppress(OSError):
-                newest, rank = store.newest(self.folder), self.place.rank
+                newest, rank = keep.newest(self.folder), self.place.rank
                 facts = {"rank": rank, "step": self.step, "checkpoint": newest and str(newest)}
                 metrics.write_status(self.folder, "failed", message=str(error), **facts)
                 if self.trainer is not None:
@@ -288,7 +288,7 @@ class Run:
             outcome = metrics.read_outcome(self.folder)
             if outcome in ("finished", "stopped"):
                 return 0 if outcome == "finished" else EXIT_STOPPED
-            newest, culprit = store.newest(self.folder), verdict.culprits[0]
+            newest, culprit = keep.newest(self.folder), verdict.culprits[0]
             if not metrics.fail_status(self.folder, culprit, verdict.conclusion, newest, self.start, self.step):
                 return 1
         return EXIT_STALLED
@@ -323,7 +323,7 @@ class Run:
         rank = self.place.rank
         with self._telling:
             try:
-                culprit, newest = gone[0].rank if gone else rank, store.newest(self.folder)
+                culprit, newest = gone[0].rank if gone else rank, keep.newest(self.folder)
                 first = metrics.fail_status(self.folder, culprit, message, newest, self.start, self.step)
             except OSError as error:  # a full disk, say: then stderr must do
                 first, message = True, f"{message} (and status.json can't be written: {error.strerror})"

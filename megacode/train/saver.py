@@ -8,6 +8,7 @@ reports and gives the checkpoint its name.
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megacode.checkpoint import keep, store
 from megacode.checkpoint.reader import Progress
 from megacode.checkpoint.store import Gather, Report, Share, StoppedError, Writer
+from megacode.errors import UserError
 from megacode.model.layers import Slice
 from megacode.parallel.heartbeat import doing
 from megacode.recipe import Recipe
@@ -25,6 +27,9 @@ from megacode.train.metrics import write_status
 
 NUM_FLAGS = 2
 """Length of `Saver.noted`."""
+
+REMOVING_SECONDS = 60.0
+"""How long the end of a run waits for a removal."""
 
 
 @dataclass
@@ -80,6 +85,8 @@ class Saver:
         self._save: _Save | None = None
         self._told_of_waiting = False
         self._pruning: threading.Thread | None = None
+        self._put_off: int | None = None
+        """The step whose surplus is removed with the next one's, since removing took too long."""
 
     @property
     def busy(self) -> bool:
@@ -143,26 +150,37 @@ class Saver:
         if save.error is not None:
             raise save.error
         doing("finishing a checkpoint", patient=True)
-        store.finish(save.folder, self.recipe, save.progress, save.report, self._ranks)
+        trouble = store.finish(save.folder, self.recipe, save.progress, save.report, self._ranks)
         self._save = None
         save.blocked_seconds += time.monotonic() - started
         if self.journal is not None:
             self._tell(save, step)
-            self._prune(save.progress.step)
+            if trouble is None:
+                self._prune(save.progress.step)
+            else:  # older ones are not surplus as long as this one's name may go
+                text = f"step {save.progress.step}: {save.folder} stands, and then: {trouble}"
+                self.journal.event("checkpoint_trouble", save.progress.step, text, folder=str(save.folder))
         self._obeyed()
 
     def close(self) -> None:
-        """Wait until surplus checkpoints are removed."""
+        """Wait until surplus checkpoints are removed, a minute or two at most; the next start removes the rest."""
         if self._pruning is not None:
             doing("removing old checkpoints", patient=True)
-            self._pruning.join()
+            self._pruning.join(REMOVING_SECONDS)
+        if self._put_off is not None:
+            self._prune(self._put_off)
+            if self._pruning is not None:
+                self._pruning.join(REMOVING_SECONDS)
 
     def _tell_that_it_waits(self, step: int) -> None:
-        if self._told_of_waiting or self.journal is None or self._save is None or self._save.done.is_set():
+        assert self._save is not None
+        before, every = self._save.progress.step, self.recipe.checkpoint.every_steps
+        # Of one that was asked for, or the last, no other interval says anything.
+        if self._told_of_waiting or self.journal is None or step % every or before % every:
             return
         self._told_of_waiting = True
         text = (
-            f"step {step}: waits until the checkpoint of step {self._save.progress.step} is written; with a larger "
+            f"step {step}: waits until the checkpoint of step {before} is written; with a larger "
             f"checkpoint.every_steps it would not"
         )
         self.journal.event("checkpoint_wait", step, text)
@@ -182,7 +200,10 @@ class Saver:
         last = self.recipe.checkpoint.keep_last
         if last is None:
             return
-        self.close()
+        if self._pruning is not None and self._pruning.is_alive():  # training does not wait for a slow disk
+            self._put_off = step
+            return
+        self._put_off = None
         self._pruning = threading.Thread(target=self._remove_surplus, args=(step, last), name="pruning", daemon=True)
         self._pruning.start()
 
@@ -193,5 +214,6 @@ class Saver:
             try:
                 keep.remove(folder)
             except OSError as error:
-                text = f"step {step}: {folder} could not be removed: {error.strerror}"
-                self.journal.event("prune", step, text, folder=str(folder))
+                text = f"step {step}: {folder} could not be removed: {error.strerror or error}"
+                with suppress(UserError):  # the journal's own trouble is raised in the main thread
+                    self.journal.event("prune", step, text, folder=str(folder))

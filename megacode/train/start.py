@@ -1,12 +1,13 @@
 """How a run starts: its data, its weights or the checkpoint it goes on from, and what must not be mixed up."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megacode.checkpoint import store
+from megacode.checkpoint import keep
 from megacode.checkpoint.reader import OPTIMIZER, STATES, CheckpointReader, Progress
 from megacode.checkpoint.store import Writer
 from megacode.data.stream import ORDER, TrainStream, ValidationStream, open_train, open_valid
@@ -61,7 +62,7 @@ def check_run_folder(recipe: Recipe, stream: TrainStream) -> None:
     Raises:
         UserError: names the key that differs.
     """
-    newest = store.newest(Path(recipe.run))
+    newest = keep.newest(Path(recipe.run))
     if newest is None:
         if recipe.checkpoint.start_from is not None:
             open_weights(recipe, Path(recipe.checkpoint.start_from), new_stage=True)
@@ -149,6 +150,8 @@ def describe_weights(recipe: Recipe) -> str:
 def check_disk(recipe: Recipe) -> None:
     """Refuse a run whose next checkpoint would not fit on the run folder's disk.
 
+    What a killed run left of checkpoints counts as free: it goes before the first of this start.
+
     Raises:
         UserError: says how much is needed and how much is there.
     """
@@ -156,12 +159,21 @@ def check_disk(recipe: Recipe) -> None:
     folder = Path(recipe.run).absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + sum(map(_num_bytes, keep.leftovers(Path(recipe.run))))
     if free < needed:
         raise UserError(
             f"run: a checkpoint takes {needed / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free; "
             f"make room, or name a `run` folder on another disk"
         )
+
+
+def _num_bytes(folder: Path) -> int:
+    """On the disk. A file may go meanwhile, when another rank of this start is ahead."""
+    total = 0
+    with suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            total += 512 * file.lstat().st_blocks
+    return total
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:

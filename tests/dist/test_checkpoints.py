@@ -6,8 +6,9 @@ import pytest
 import torch
 from support.training import deviation, parallel, recipe, reference
 
+from megacode.checkpoint.keep import newest
 from megacode.checkpoint.reader import CheckpointReader, global_order
-from megacode.checkpoint.store import newest, step_folder
+from megacode.checkpoint.store import step_folder
 from megacode.errors import UserError
 
 SAVED = {"tensor": 2, "pipeline": 2, "zero": 3}

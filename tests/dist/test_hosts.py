@@ -10,7 +10,7 @@ from support.hosts import NAMES, deepspeed, end, hosts, separate, torchrun
 from support.launching import metrics, status, write_recipe
 from support.stalling import run_ranks
 
-from megacode.checkpoint.store import newest
+from megacode.checkpoint.keep import newest
 
 NUM_STEPS = 16
 CHANGES = [f"schedule.steps={NUM_STEPS}", "checkpoint.every_steps=2", "data.valid=null"]

@@ -6,7 +6,7 @@ import numpy as np
 from support.launching import NUM_STEPS, launch, metrics, status, write_recipe
 
 from megacode.checkpoint.reader import CheckpointReader
-from megacode.checkpoint.store import newest
+from megacode.checkpoint.keep import newest
 from megacode.data.stream import IGNORE, open_train
 from megacode.data.tokenizer import Tokenizer
 from megacode.recipe import load

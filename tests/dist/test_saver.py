@@ -47,14 +47,34 @@ def test_a_writer_that_fails_is_told_by_all_ranks_in_a_line(worlds, tmp_path, ra
     assert_whole(newest(tmp_path))
 
 
+@pytest.fixture(scope="module")
+def offload(tmp_path_factory):
+    """DeepSpeed file of a stage of ZeRO with the optimizer in host memory."""
+    folder = tmp_path_factory.mktemp("offload")
+
+    def write(zero):
+        path = folder / f"zero{zero}.json"
+        content = json.loads((ROOT / f"ds_configs/zero{zero}.json").read_text())
+        content["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        path.write_text(json.dumps(content))
+        return str(path)
+
+    return write
+
+
 @pytest.mark.parametrize(
-    "layout",
-    [{"zero": 1}, {"zero": 2, "tensor": 2}, {"zero": 3}, {"zero": 3, "tensor": 2}, {"zero": 1, "pipeline": 2}],
+    ("layout", "offloaded"),
+    [
+        ({"zero": 1}, False), ({"zero": 2, "tensor": 2}, False), ({"zero": 3}, False),
+        ({"zero": 3, "tensor": 2}, False), ({"zero": 1, "pipeline": 2}, False), ({"zero": 1}, True),
+        ({"zero": 2}, True),
+    ],
     ids=str,
-)
-def test_what_is_kept_is_what_the_engine_has(worlds, layout):
+)  # fmt: skip
+def test_what_is_kept_is_what_the_engine_has(worlds, offload, layout, offloaded):
     """Bit for bit what DeepSpeed's own calls give to every rank, each tensor on one of them."""
-    ranks = worlds(4).run(snapshots, nano(parallel=layout))
+    config = {"deepspeed_config": offload(layout["zero"])} if offloaded else {}
+    ranks = worlds(4).run(snapshots, nano(parallel=layout, **config))
     kept = sum((kept for kept, _ in ranks), [])
     assert all(equal for _, equal in ranks)
     whole = 3 * (3 + 4 * 9) if layout.get("tensor", 1) == 1 else 3 * (2 * (2 + 4 * 7) + 1 + 4 * 2)

@@ -13,7 +13,7 @@ from support.launching import ENVIRONMENT, ROOT, write_recipe
 from support.world import CaseError
 
 from megacode import cli
-from megacode.checkpoint.store import newest
+from megacode.checkpoint.keep import newest
 from megacode.doctor import processes
 from megacode.tools.verify.resume import _train, compare
 

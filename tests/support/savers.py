@@ -33,9 +33,8 @@ class Setting:
         self.book = Book() if self.rank == 0 else None
         (run / "recipe.yaml").touch()
         ranks = Writer(self.rank, self.rank, dist.get_world_size(), 0, self._gather, self._broadcast)
-        self.saver = Saver(
-            config(run), PARTS, lambda pieces: fill(self.step)(pieces), ranks, self.book, self._obey, False
-        )
+        recipe = config(run, every_steps=1)
+        self.saver = Saver(recipe, PARTS, lambda pieces: fill(self.step)(pieces), ranks, self.book, self._obey, False)
 
     def _obey(self):
         self.obeyed += 1

@@ -27,12 +27,12 @@ NUM_BYTES = 3 * 4 * 6 * 96 * 300
 """Of the tensors."""
 
 
-def config(run):
-    """A recipe with a tokenizer's file; a save looks into neither."""
+def config(run, **checkpoint):
+    """A recipe with such a section and a tokenizer's file; a save looks into neither."""
     tokenizer = run / "tokenizer.model"
     if not tokenizer.exists():
         tokenizer.write_bytes(b"any" * 100)
-    return recipe(run=str(run), tokenizer={"path": str(tokenizer)})
+    return recipe(run=str(run), tokenizer={"path": str(tokenizer)}, checkpoint=checkpoint)
 
 
 def fill(step):

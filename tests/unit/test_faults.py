@@ -117,6 +117,29 @@ def test_a_later_save_outlives_an_earlier_stop(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["SAVE"]
 
 
+def test_a_stop_that_is_still_to_come_outlives_a_signal(tmp_path, handlers):
+    (tmp_path / "STOP").write_text("5000")
+    requests = Requests(tmp_path, looks=True)
+    requests.listen()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    stop = asked(requests, 10)
+    assert stop.stop == "SIGUSR1"
+    requests.take(stop)
+    requests.done()
+    assert (tmp_path / "STOP").read_text() == "5000"
+
+
+def test_a_file_that_is_written_anew_while_it_is_obeyed_asks_anew(tmp_path):
+    (tmp_path / "SAVE").write_text("10")
+    requests = Requests(tmp_path, looks=True)
+    requests.take(asked(requests, 10))
+    (tmp_path / "SAVE").write_text("500")
+    requests._next_look = 0.0
+    assert not asked(requests, 11).save
+    requests.done()
+    assert [asked(requests, step).save for step in (12, 500)] == [False, True]
+
+
 def test_only_one_rank_looks_for_files(tmp_path):
     (tmp_path / "SAVE").write_text("1")
     assert asked(Requests(tmp_path, looks=True)).save

@@ -63,6 +63,35 @@ def test_other_types_are_read_as_fp32(tmp_path, name, dtype):
     assert reader.read("w").dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("null", "damaged"), ("[]", "damaged"), ("{", "not JSON"), ('{"format": 1}', "damaged"),
+        ('{"format": 1, "tensors": 3}', "damaged"), ('{"format": 2}', "format 2"), ("\xff", "not JSON"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_is_none_is_told_in_a_line(tmp_path, text, message):
+    (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=message) as error:
+        CheckpointReader(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/manifest.json ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda content: content["progress"].update(extra=1), lambda content: content["progress"].pop("step"),
+    lambda content: content["model"].update(hidden="wide"), lambda content: content.update(dtype="fp8"),
+    lambda content: content["tensors"]["w"].pop("slices"), lambda content: content.update(files=[]),
+])  # fmt: skip
+def test_a_manifest_with_a_part_that_is_none_is_told_in_a_line(tmp_path, spoil):
+    content = write(tmp_path, 0, {3}).manifest
+    spoil(content)
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"manifest.json is damaged") as error:
+        CheckpointReader(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_slice_that_is_missing_is_told(tmp_path):
     reader = write(tmp_path, 0, {3})
     reader.manifest["tensors"]["w"]["slices"].pop()

@@ -20,7 +20,7 @@ PROGRESS = Progress(3, 12, 3, 1, 64, 900, "concatenate", 2, SOURCES)
 
 
 def resume(monkeypatch, here, there, optimizer="adamw"):
-    monkeypatch.setattr(start.store, "newest", lambda folder: "CHECKPOINT")
+    monkeypatch.setattr(start.keep, "newest", lambda folder: "CHECKPOINT")
     reader = SimpleNamespace(progress=there, start_from=None, optimizer=optimizer)
     monkeypatch.setattr(start, "open_weights", lambda recipe, path: reader)
     monkeypatch.setattr(start, "new_progress", lambda recipe, stream: here)
@@ -128,3 +128,21 @@ def test_a_resume_is_no_new_stage(first_stage, monkeypatch):
     with pytest.raises(UserError, match=r"has begun at random weights; name another `run` folder for a new stage"):
         start.check_run_folder(second_stage(first_stage, run), None)
     start.check_run_folder(second_stage(first_stage, run, start_from=None), None)
+
+
+def test_what_a_killed_run_left_is_room_for_the_next_checkpoint(tmp_path, monkeypatch):
+    """It is removed before that is written, but after this is asked."""
+    (tmp_path / "tokenizer.model").write_bytes(b"any")
+    config = recipe(run=str(tmp_path / "run"), tokenizer={"path": str(tmp_path / "tokenizer.model")})
+    needed = start.checkpoint_bytes(config)
+    monkeypatch.setattr(start.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed // 2))
+    with pytest.raises(UserError, match="make room, or name a `run` folder on another disk"):
+        start.check_disk(config)
+    for name in ("step_00000002.partial", ".step_00000001.removed"):
+        left = tmp_path / "run/checkpoints" / name
+        left.mkdir(parents=True)
+        (left / "weights_00000.safetensors").write_bytes(b"0" * (needed // 3))
+    start.check_disk(config)
+    (left / "weights_00000.safetensors").unlink()
+    with pytest.raises(UserError, match="make room"):
+        start.check_disk(config)

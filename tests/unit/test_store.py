@@ -1,11 +1,13 @@
 """What can come between a run and its checkpoints' disk: one clear line, and the last good one stays."""
 
+import gc
 import json
 import os
 import pickle
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +138,80 @@ def test_half_removed_is_no_checkpoint(tmp_path, monkeypatch):
     keep.remove(step_folder(tmp_path, 1))  # another has been there before
     keep.sweep(tmp_path)
     assert names(tmp_path) == ["latest", "step_00000002"]
+
+
+def test_a_link_to_a_checkpoint_elsewhere_is_removed_and_not_what_it_points_to(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (1, 2):
+        save_step(run, step)
+    os.rename(step_folder(run, 1), tmp_path / "elsewhere")
+    step_folder(run, 1).symlink_to(tmp_path / "elsewhere")
+    for folder in keep.surplus(run, last=1):
+        keep.remove(folder)
+    assert names(run) == ["latest", "step_00000002"]
+    (run / "checkpoints/.step_00000001.removed").symlink_to(tmp_path / "elsewhere")
+    keep.sweep(run)
+    assert names(run) == ["latest", "step_00000002"]
+    assert (tmp_path / "elsewhere/manifest.json").exists()
+
+
+@pytest.mark.parametrize("text", ["step_00000001\n", "step_00000003\n", None])
+def test_a_start_has_latest_name_the_newest(tmp_path, text):
+    """A kill came before it was moved; or what it names was removed."""
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    latest = tmp_path / "checkpoints/latest"
+    latest.unlink()
+    if text is not None:
+        latest.write_text(text)
+    keep.sweep(tmp_path)
+    assert latest.read_text() == "step_00000002\n"
+
+
+def test_names_come_after_contents(tmp_path, monkeypatch):
+    """A power loss must leave no name without its content, and take none that `latest` has been told of."""
+    order, sizes = [], {}
+    fsync, replace = os.fsync, os.replace
+
+    def record(file):
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        order.append(f"{path.relative_to(tmp_path)}")
+        sizes[path.name] = os.fstat(file).st_size
+        fsync(file)
+
+    def rename(old, new):
+        order.append(f"-> {Path(new).name}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", rename)
+    save_step(tmp_path, 1)
+    partial, folder = "checkpoints/step_00000001.partial", step_folder(tmp_path, 1)
+    place = order.index("-> step_00000001")
+    files = {f"{partial}/{path.name}" for path in folder.iterdir()}
+    assert len(files) == 5
+    assert order[0] == ".", "RUN/checkpoints itself"
+    assert set(order[1 : place - 1]) == files
+    assert all(sizes[path.name] == path.stat().st_size for path in folder.iterdir()), "synced before all was written"
+    assert order[place - 1] == partial
+    assert order[place + 1 :] == ["checkpoints", "checkpoints/.latest.tmp", "-> latest", "checkpoints"]
+
+
+def test_pinned_memory_is_given_back_with_the_share(monkeypatch):
+    calls = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *args: calls.append(("register", *args)) or 0,
+        cudaHostUnregister=lambda *args: calls.append(("unregister", *args)) or 0,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda error: None)
+    share = Share(PARTS, ALONE, pinned=True)
+    pointer = next(iter(share.values.values())).data_ptr()
+    assert calls == [("register", pointer, share.num_bytes, 0)]
+    del share
+    gc.collect()
+    assert calls[1:] == [("unregister", pointer)]
 
 
 def test_a_shard_that_the_manifest_does_not_name_is_missing(tmp_path):

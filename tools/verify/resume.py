@@ -116,8 +116,8 @@ def _train(command: list[str], run: Path, outcome: str) -> None:
 
 def compare(one: Path, other: Path) -> dict[str, Any]:
     """What differs between two runs: figures, each at the first step that differs, and files of the last checkpoint."""
+    from megacode.checkpoint.keep import newest
     from megacode.checkpoint.reader import CheckpointReader
-    from megacode.checkpoint.store import newest
 
     differences = []
     lines = [_steps(run) for run in (one, other)]
