@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -319,6 +321,8 @@ def _forced_cpu_adam() -> tuple[str, Any]:
     def config(recipe: Recipe) -> dict[str, Any]:
         return {**deepspeed_config(recipe), "zero_force_ds_cpu_optimizer": True}
 
+    # As if there were no compiler, and nothing compiled before: else it takes a minute. The world ends with the case.
+    os.environ.update(CXX="/no/such/compiler", TORCH_EXTENSIONS_DIR=tempfile.mkdtemp())
     return "megacode.engine.zero.deepspeed_config", config
 
 
