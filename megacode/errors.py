@@ -17,7 +17,8 @@ _GONE = "bring its disk back (is it mounted?)"
 MENDS = {
     errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: "raise the limit on the size of files",
     errno.EROFS: _FORBIDDEN, errno.EACCES: _FORBIDDEN, errno.EPERM: _FORBIDDEN,
-    errno.ENOENT: _GONE, errno.ENOTDIR: _GONE, errno.ESTALE: _GONE, errno.EIO: _GONE, errno.ENOTCONN: _GONE,
+    errno.ENOTDIR: "remove the file that stands where a folder should",
+    errno.ENOENT: _GONE, errno.ESTALE: _GONE, errno.EIO: _GONE, errno.ENOTCONN: _GONE,
     errno.ENODEV: _GONE, errno.ETIMEDOUT: _GONE, errno.EHOSTDOWN: _GONE,
 }  # fmt: skip
 """Errors of files that the user can mend, and how."""

@@ -100,7 +100,8 @@ def test_a_run_leaves_what_it_should(straight):
     assert source["epochs"] == pytest.approx(NUM_STEPS * 8 / source["samples_per_epoch"])
     assert start["backends"] == dict.fromkeys((*dispatch.TABLE, "optimizer"), "torch")
     events = [json.loads(line) for line in (straight / "events.jsonl").read_text().splitlines()]
-    assert [(event["event"], event["step"]) for event in events] == [("checkpoint", 4), ("checkpoint", 8)]
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [4, 8]
+    assert {event["event"] for event in events} <= {"checkpoint", "checkpoint_wait"}  # the disk may be slow
     assert len(status(straight)["memory_bytes"]) == 4
     for file in newest(straight).iterdir():
         assert file.stat().st_mode & 0o777 == (straight / "metrics.jsonl").stat().st_mode & 0o777, file
@@ -213,7 +214,7 @@ def test_an_error_of_a_rank_is_told_and_ends_the_run(recipe):
     output = done.stdout + done.stderr
     assert done.returncode == 2, output[-3000:]
     assert status(run)["outcome"] == "failed"
-    assert "checkpoints: File exists; mend that, then start again; the run has none yet" in status(run)["message"]
+    assert "Not a directory; remove the file that stands where a folder should, then start again" in status(run)["message"]
     assert output.count("error: ") == 1
     assert "Traceback" not in output
 
