@@ -54,7 +54,7 @@ class StageMemory:
     buffers_bytes: int
     """DeepSpeed's buckets, hidden states on their way to other stages."""
     host_bytes: int
-    """In the host's memory, for each device: what is offloaded."""
+    """In the host's memory, for each device: the copy that checkpoints are written from, and what is offloaded."""
 
     @property
     def total_bytes(self) -> int:
@@ -134,14 +134,14 @@ def _stage(job: Job, rank: int) -> StageMemory:
 def _static(job: Job, rank: int) -> StageMemory:
     """What lies there between two steps."""
     w, share = job.shape.element_bytes, job.parameters(rank) / job.layout.zero_size
-    parameters, gradients, buffers, masters, host = w * share, 0.0, 0.0, 12 * share, 0.0
+    parameters, gradients, buffers, masters, host = w * share, 0.0, 0.0, 12 * share, 12 * share
     if job.zero < 3:
         parameters *= job.layout.zero_size
     else:
         buffers = float((job.reduced_bytes or w) * job.bucket_elements)
         gradients = share * (4 if job.reduce == "microbatch" else w)
     if job.offload != "none":  # with the fp32 gradients that Adam reads there
-        host = masters + 4 * share + (gradients if job.zero == 3 else 4 * share)
+        host += masters + 4 * share + (gradients if job.zero == 3 else 4 * share)
         masters = gradients = 0.0
     if job.offload == "all" and job.zero == 3:
         host, parameters = host + parameters, 0.0

@@ -23,9 +23,11 @@ def explain_out_of_memory(recipe: Recipe, layout: Layout, pipeline_rank: int, de
     there = _memory_bytes(device)
     names = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
     parts = {name: getattr(stage, f"{name}_bytes") for name in names}
+    if device.type == "cpu":
+        parts["checkpoints' copy and what is offloaded"] = stage.host_bytes
     held = ", ".join(f"{name} {_gib(value)}" for name, value in parts.items())
     return (
-        f"out of memory; by the plan's formula a rank of stage {pipeline_rank} holds {_gib(stage.total_bytes)} "
+        f"out of memory; by the plan's formula a rank of stage {pipeline_rank} holds {_gib(sum(parts.values()))} "
         f"({held}) and there are {_gib(there)}; {mend(recipe, layout, stage)}"
     )
 

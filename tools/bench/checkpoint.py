@@ -75,86 +75,109 @@ def serve(recipe: Recipe) -> Callable[[str, int], dict[str, float]]:
     """What a rank answers: `save`, `blocked`, `load` of a step, `own_calls` and `live`: figures of it. Collective."""
     import torch.distributed as dist
 
-    from megacode.checkpoint import store
-    from megacode.checkpoint.reader import STATES, CheckpointReader, Progress
-    from megacode.engine.zero import local_shape
-    from megacode.model.layers import part_of
-    from megacode.parallel.live import LiveBytes
-    from megacode.train.saver import Saver
-    from megacode.train.start import resume, writer
+    rank = _Rank(recipe)
 
-    run, mesh = Path(recipe.run), mesh_of(recipe)
-    zero, ranks = start_engine(recipe, mesh), writer(mesh)
-    for name in zero.parameters:
-        for key in STATES:
-            zero.write(name, zero.read(name), key)
-    parts = {name: part_of(parameter) for name, parameter in zero.parameters.items()}
-    saver = Saver(recipe, parts, zero.gather, ranks, None, lambda: None, pinned=False)
-    share = store.Share(parts, ranks)
+    def answer(request: str, step: int) -> dict[str, float]:
+        dist.barrier()
+        figures: dict[str, float] = getattr(rank, request)(step)
+        return figures
 
-    def progress(step: int) -> Progress:
-        return Progress(step, 0, step, recipe.seed, recipe.batch.sequence_length, 0)
+    return answer
 
-    def save(step: int) -> dict[str, float]:
-        clock, folder = [time.monotonic()], store.step_folder(run, step)
-        store.begin(folder, ranks)
-        share.copy(zero.gather)
+
+class _Rank:
+    """A rank with an engine whose moments are not zero."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        from megacode.checkpoint import store
+        from megacode.checkpoint.reader import STATES
+        from megacode.model.layers import part_of
+        from megacode.train.saver import Saver
+        from megacode.train.start import writer
+
+        self.recipe, self.run, self.mesh = recipe, Path(recipe.run), mesh_of(recipe)
+        self.zero, self.ranks = start_engine(recipe, self.mesh), writer(self.mesh)
+        for name in self.zero.parameters:
+            for key in STATES:
+                self.zero.write(name, self.zero.read(name), key)
+        parts = {name: part_of(parameter) for name, parameter in self.zero.parameters.items()}
+        self.saver = Saver(recipe, parts, self.zero.gather, self.ranks, None, lambda: None, pinned=False)
+        self.share = store.Share(parts, self.ranks)
+
+    def progress(self, step: int) -> Any:
+        from megacode.checkpoint.reader import Progress
+
+        return Progress(step, 0, step, self.recipe.seed, self.recipe.batch.sequence_length, 0)
+
+    def save(self, step: int) -> dict[str, float]:
+        import torch.distributed as dist
+
+        from megacode.checkpoint import store
+
+        clock, folder = [time.monotonic()], store.step_folder(self.run, step)
+        store.begin(folder, self.ranks)
+        self.share.copy(self.zero.gather)
         clock.append(time.monotonic())
-        report = share.write(folder)
+        report = self.share.write(folder)
         clock.append(time.monotonic())
         dist.barrier()
         clock.append(time.monotonic())
-        store.finish(folder, recipe, progress(step), report, ranks)
+        store.finish(folder, self.recipe, self.progress(step), report, self.ranks)
         clock.append(time.monotonic())
         return {
             "copy": clock[1] - clock[0], "write": clock[2] - clock[1], "finish": clock[4] - clock[3],
             "save": clock[4] - clock[0],
         }  # fmt: skip
 
-    def blocked(step: int) -> dict[str, float]:
+    def blocked(self, step: int) -> dict[str, float]:
+        import torch.distributed as dist
+
         begun = time.monotonic()
-        saver.save(progress(step))
+        self.saver.save(self.progress(step))
         waited = time.monotonic() - begun
-        while saver.busy:
+        while self.saver.busy:
             time.sleep(STEP_SECONDS)
-            noted = saver.noted()
+            noted = self.saver.noted()
             dist.all_reduce(noted)
             begun = time.monotonic()
-            saver.agree(noted.tolist(), step)
+            self.saver.agree(noted.tolist(), step)
             waited += time.monotonic() - begun
         return {"blocked": waited}
 
-    def load(step: int) -> dict[str, float]:
-        folder = store.step_folder(run, step)
-        if mesh.rank == 0:
+    def load(self, step: int) -> dict[str, float]:
+        import torch.distributed as dist
+
+        from megacode.checkpoint.reader import CheckpointReader
+        from megacode.checkpoint.store import step_folder
+        from megacode.train.start import resume
+
+        folder = step_folder(self.run, step)
+        if self.mesh.rank == 0:
             _forget(folder)
         dist.barrier()
         begun = time.monotonic()
-        resume(zero, CheckpointReader(folder), mesh)
+        resume(self.zero, CheckpointReader(folder), self.mesh)
         return {"load": time.monotonic() - begun}
 
-    def own_calls(step: int) -> dict[str, float]:
+    def own_calls(self, step: int) -> dict[str, float]:
+        from megacode.checkpoint.store import KEYS
+
         begun = time.monotonic()
-        for name in parts:
-            for key in store.KEYS:
-                zero.read(name, key).clone()
+        for name in self.zero.parameters:
+            for key in KEYS:
+                self.zero.read(name, key).clone()
         return {"own_calls": time.monotonic() - begun}
 
-    def live(step: int) -> dict[str, float]:
+    def live(self, step: int) -> dict[str, float]:
+        from megacode.engine.zero import local_shape
+        from megacode.parallel.live import LiveBytes
+
         with LiveBytes() as counted:
-            share.copy(zero.gather)  # sees what is there anyway
+            self.share.copy(self.zero.gather)  # sees what is there anyway
             counted.peak = before = counted.count()
-            share.copy(zero.gather)
-        largest = max(4 * local_shape(each).numel() for each in zero.parameters.values())
-        return {"extra": counted.peak - before, "largest": largest, "share": share.num_bytes}
-
-    answers = {"save": save, "blocked": blocked, "load": load, "own_calls": own_calls, "live": live}
-
-    def answer(request: str, step: int) -> dict[str, float]:
-        dist.barrier()
-        return answers[request](step)
-
-    return answer
+            self.share.copy(self.zero.gather)
+        largest = max(4 * local_shape(each).numel() for each in self.zero.parameters.values())
+        return {"extra": counted.peak - before, "largest": largest, "share": self.share.num_bytes}
 
 
 def _forget(folder: Path) -> None:

@@ -138,7 +138,7 @@ def choose(recipe: Recipe, device: Device) -> Choice | str:
     """The quickest micro-batch, recomputation and ZeRO stage that fit the device by the plan, or why none does."""
     hardware = next((value for key, value in HARDWARE.items() if key in device.name), HARDWARE["H100"])
     found = search(recipe, 1, MEMORY_SHARE * device.memory_bytes, hardware)
-    fitting = [choice for choice in found.fitting if not choice.worst.host_bytes]  # nothing offloaded
+    fitting = [choice for choice in found.fitting if choice.cost.job.offload == "none"]
     if fitting:
         return fitting[0]
     least = apply(recipe, {"parallel": {"zero": 2, "reduce": "microbatch", "recompute": "full"}})
