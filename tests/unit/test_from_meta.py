@@ -162,6 +162,7 @@ REFUSED = [
     (params(use_scaled_rope=True), "use_scaled_rope = True is unknown"),
     (params(multiple_of=256), "feed-forward width of 256"),
     (params(norm_eps=None), "lacks norm_eps"),
+    (params(vocab_size=32000), "vocab_size is 32000 and tok_embeddings.weight has 616 rows"),
     (params(n_kv_heads=4), "layers.0.attention.wk.weight in consolidated.00.pth has the shape [16, 64] instead"),
     (params(n_layers=3), "layers.2.attention_norm.weight is missing (and 8 more)"),
     (respell(1, lambda content: content.pop(Q)), f"{Q} is missing"),

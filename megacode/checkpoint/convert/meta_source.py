@@ -192,6 +192,11 @@ def read_params(
     lacking = [key for key in ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of") if key not in params]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}; take the file that came with the weights")
+    if params.get("vocab_size", -1) not in (-1, vocabulary):
+        raise UserError(
+            f"{path}: vocab_size is {params['vocab_size']} and tok_embeddings.weight has {vocabulary} rows; fetch the "
+            f"files again"
+        )
     width = feed_forward_width(params["dim"], params["multiple_of"], params.get("ffn_dim_multiplier"))
     if width != ffn:
         raise UserError(
@@ -202,7 +207,7 @@ def read_params(
     raised = theta > 10000
     origins = {
         "rope_theta": theta_origin,
-        "max_positions": f"the context of {'Code Llama, whose' if raised else 'Llama 2, whose'} rotary base this is",
+        "max_positions": f"the context of {'Code Llama' if raised else 'Llama 2'}, as rope_theta says",
         "ffn": "rows of w1; the rule of Meta's code gives the same",
         "vocabulary": "rows of tok_embeddings",
     }
