@@ -7,10 +7,10 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from megacode.tools.bench.contest import contest_recipe, layout_words
 from megacode.tools.bench.ours import mesh_of, start_engine
 from megacode.tools.bench.processes import Team, command_line
 from megacode.tools.output import JsonFile, json_output
+
+if TYPE_CHECKING:
+    from megacode.checkpoint.reader import Progress
 
 LAYOUTS: list[dict[str, Any]] = [{"zero": 1}, {"zero": 3}, {"pipeline": 2, "tensor": 2, "zero": 1}]
 MODEL = {"preset": "nano", "layers": 8, "heads": 12, "kv_heads": 12, "vocabulary": 32016}
@@ -71,90 +74,109 @@ def case(folder: Path, processes: int, parallel: dict[str, Any], hidden: int) ->
     )
 
 
-def serve(recipe: Recipe) -> Callable[[str, int], dict[str, float]]:
+class Server:
     """What a rank answers: `save`, `blocked`, `load` of a step, `own_calls` and `live`: figures of it. Collective."""
-    import torch.distributed as dist
 
-    from megacode.checkpoint import store
-    from megacode.checkpoint.reader import STATES, CheckpointReader, Progress
-    from megacode.engine.zero import local_shape
-    from megacode.model.layers import part_of
-    from megacode.parallel.live import LiveBytes
-    from megacode.train.saver import Saver
-    from megacode.train.start import resume, writer
+    def __init__(self, recipe: Recipe) -> None:
+        from megacode.checkpoint import store
+        from megacode.checkpoint.reader import STATES
+        from megacode.model.layers import part_of
+        from megacode.train.saver import Saver
+        from megacode.train.start import writer
 
-    run, mesh = Path(recipe.run), mesh_of(recipe)
-    zero, ranks = start_engine(recipe, mesh), writer(mesh)
-    for name in zero.parameters:
-        for key in STATES:
-            zero.write(name, zero.read(name), key)
-    parts = {name: part_of(parameter) for name, parameter in zero.parameters.items()}
-    saver = Saver(recipe, parts, zero.gather, ranks, None, lambda: None, pinned=False)
-    share = store.Share(parts, ranks)
+        self.recipe, self.run, self.mesh = recipe, Path(recipe.run), mesh_of(recipe)
+        self.zero, self.ranks = start_engine(recipe, self.mesh), writer(self.mesh)
+        for name in self.zero.parameters:
+            for key in STATES:
+                self.zero.write(name, self.zero.read(name), key)
+        self.parts = {name: part_of(parameter) for name, parameter in self.zero.parameters.items()}
+        self.saver = Saver(recipe, self.parts, self.zero.gather, self.ranks, None, lambda: None, pinned=False)
+        self.share = store.Share(self.parts, self.ranks)
+        self.answers = {
+            "save": self._save, "blocked": self._blocked, "load": self._load, "own_calls": self._own_calls,
+            "live": self._live,
+        }  # fmt: skip
 
-    def progress(step: int) -> Progress:
-        return Progress(step, 0, step, recipe.seed, recipe.batch.sequence_length, 0)
+    def __call__(self, request: str, step: int) -> dict[str, float]:
+        import torch.distributed as dist
 
-    def save(step: int) -> dict[str, float]:
-        clock, folder = [time.monotonic()], store.step_folder(run, step)
-        store.begin(folder, ranks)
-        share.copy(zero.gather)
+        dist.barrier()
+        return self.answers[request](step)
+
+    def _progress(self, step: int) -> Progress:
+        from megacode.checkpoint.reader import Progress
+
+        return Progress(step, 0, step, self.recipe.seed, self.recipe.batch.sequence_length, 0)
+
+    def _save(self, step: int) -> dict[str, float]:
+        import torch.distributed as dist
+
+        from megacode.checkpoint import store
+
+        clock, folder = [time.monotonic()], store.step_folder(self.run, step)
+        store.begin(folder, self.ranks)
+        self.share.copy(self.zero.gather)
         clock.append(time.monotonic())
-        report = share.write(folder)
+        report = self.share.write(folder)
         clock.append(time.monotonic())
         dist.barrier()
         clock.append(time.monotonic())
-        store.finish(folder, recipe, progress(step), report, ranks)
+        store.finish(folder, self.recipe, self._progress(step), report, self.ranks)
         clock.append(time.monotonic())
         return {
             "copy": clock[1] - clock[0], "write": clock[2] - clock[1], "finish": clock[4] - clock[3],
             "save": clock[4] - clock[0],
         }  # fmt: skip
 
-    def blocked(step: int) -> dict[str, float]:
+    def _blocked(self, step: int) -> dict[str, float]:
+        import torch.distributed as dist
+
         begun = time.monotonic()
-        saver.save(progress(step))
+        self.saver.save(self._progress(step))
         waited = time.monotonic() - begun
-        while saver.busy:
+        while self.saver.busy:
             time.sleep(STEP_SECONDS)
-            noted = saver.noted()
+            noted = self.saver.noted()
             dist.all_reduce(noted)
             begun = time.monotonic()
-            saver.agree(noted.tolist(), step)
+            self.saver.agree(noted.tolist(), step)
             waited += time.monotonic() - begun
         return {"blocked": waited}
 
-    def load(step: int) -> dict[str, float]:
-        folder = store.step_folder(run, step)
-        if mesh.rank == 0:
+    def _load(self, step: int) -> dict[str, float]:
+        import torch.distributed as dist
+
+        from megacode.checkpoint import store
+        from megacode.checkpoint.reader import CheckpointReader
+        from megacode.train.start import resume
+
+        folder = store.step_folder(self.run, step)
+        if self.mesh.rank == 0:
             _forget(folder)
         dist.barrier()
         begun = time.monotonic()
-        resume(zero, CheckpointReader(folder), mesh)
+        resume(self.zero, CheckpointReader(folder), self.mesh)
         return {"load": time.monotonic() - begun}
 
-    def own_calls(step: int) -> dict[str, float]:
+    def _own_calls(self, step: int) -> dict[str, float]:
+        from megacode.checkpoint import store
+
         begun = time.monotonic()
-        for name in parts:
+        for name in self.parts:
             for key in store.KEYS:
-                zero.read(name, key).clone()
+                self.zero.read(name, key).clone()
         return {"own_calls": time.monotonic() - begun}
 
-    def live(step: int) -> dict[str, float]:
+    def _live(self, step: int) -> dict[str, float]:
+        from megacode.engine.zero import local_shape
+        from megacode.parallel.live import LiveBytes
+
         with LiveBytes() as counted:
-            share.copy(zero.gather)  # sees what is there anyway
+            self.share.copy(self.zero.gather)  # sees what is there anyway
             counted.peak = before = counted.count()
-            share.copy(zero.gather)
-        largest = max(4 * local_shape(each).numel() for each in zero.parameters.values())
-        return {"extra": counted.peak - before, "largest": largest, "share": share.num_bytes}
-
-    answers = {"save": save, "blocked": blocked, "load": load, "own_calls": own_calls, "live": live}
-
-    def answer(request: str, step: int) -> dict[str, float]:
-        dist.barrier()
-        return answers[request](step)
-
-    return answer
+            self.share.copy(self.zero.gather)
+        largest = max(4 * local_shape(each).numel() for each in self.zero.parameters.values())
+        return {"extra": counted.peak - before, "largest": largest, "share": self.share.num_bytes}
 
 
 def _forget(folder: Path) -> None:
@@ -194,7 +216,7 @@ def measure(folder: Path, processes: int, layouts: list[dict[str, Any]], hidden:
     for parallel in layouts:
         with tempfile.TemporaryDirectory(prefix="megacode-checkpoint-", dir=folder) as name:
             run = Path(name)
-            team = Team(serve, (case(run, processes, parallel, hidden),), processes, 1, ANSWER_SECONDS)
+            team = Team(Server, (case(run, processes, parallel, hidden),), processes, 1, ANSWER_SECONDS)
             best: dict[str, float] = {}
             for number in range(times + 1):  # the first touches the memory
                 found: dict[str, float] = {}
