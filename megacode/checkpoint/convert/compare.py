@@ -1,10 +1,13 @@
 """Two forwards side by side: logits of fixed prompts, and what rotary positions do far apart."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from megacode.checkpoint.convert.forward import Forward
 from megacode.checkpoint.convert.receipt import Check
+from megacode.checkpoint.convert.source import shapes_of
 from megacode.checkpoint.convert.weights import Progress
 from megacode.data.tokenizer import Tokenizer
 from megacode.recipe import ModelSection
@@ -48,7 +51,13 @@ def windows(model: ModelSection, tokenizer: Tokenizer, texts: list[str], rows: i
 
 @torch.inference_mode()
 def compare(
-    ours: Forward, theirs: Forward, model: ModelSection, tokens: Tensor, rows: int, progress: Progress
+    ours: Forward,
+    theirs: Forward,
+    model: ModelSection,
+    tokens: Tensor,
+    rows: int,
+    look: Callable[[str], None],
+    progress: Progress,
 ) -> list[Check]:
     """The checks "logits" and "rotary" of two forwards, layer by layer together.
 
@@ -57,13 +66,22 @@ def compare(
         model: their shape.
         tokens: ids [windows, sequence].
         rows: logits of so many rows are compared.
+        look: called with every parameter's name, a layer's before it is computed: whoever reads them all leaves them in
+            the page cache, and the disk reads each once.
         progress: called with steps done and steps to do.
     """
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     probe, probed_positions = _probe(model)
+    names = list(shapes_of(model))
+    for name in names:
+        if ".layers." not in name:
+            look(name)
     states = [side.embed(tokens) for side in (ours, theirs)]
     differences = []
     for layer in range(model.layers):
+        for name in names:
+            if name.startswith(f"model.layers.{layer}."):
+                look(name)
         a, b = (_scores(*side.rotated(layer, probe, probed_positions)) for side in (ours, theirs))
         differences.append(((a - b).abs().max() / a.abs().max()).item())
         states = [side.block(layer, x, positions) for side, x in zip((ours, theirs), states, strict=True)]

@@ -13,7 +13,7 @@ from megacode.checkpoint.convert.grown import ROW_TENSORS
 from megacode.checkpoint.convert.hf_source import wrong_ids
 from megacode.checkpoint.convert.hf_tokenizer import FUZZ, compare_tokenizer, fuzzed_texts
 from megacode.checkpoint.convert.receipt import Check, Hashes, Receipt, check_layout, finish
-from megacode.checkpoint.convert.stored import SafetensorsFile
+from megacode.checkpoint.convert.stored import SafetensorsFile, dtype_name
 from megacode.checkpoint.convert.transformers_forward import TransformersForward
 from megacode.checkpoint.convert.weights import Progress
 from megacode.checkpoint.reader import DTYPES, CheckpointReader
@@ -63,10 +63,14 @@ def check_export(
     if not layout.disagreements and not wrong:  # transformers makes no model with such an id
         theirs = TransformersForward(folder)
         layout.disagreements.extend(theirs.differences())
-        values, tensors = _check_values(checkpoint, files, dtype)
+        values = Check("values", [])
+
+        def look(name: str) -> None:
+            tensors[name] = _look(checkpoint, files[name], name, DTYPES[dtype], values)
+
         tokens = windows(checkpoint.model, tokenizer, texts, tokenizer.vocabulary)
         ours = MegacodeForward(checkpoint, DTYPES[dtype])
-        checks += [values, *compare(ours, theirs, checkpoint.model, tokens, tokenizer.vocabulary, progress)]
+        checks += [values, *compare(ours, theirs, checkpoint.model, tokens, tokenizer.vocabulary, look, progress)]
     return finish(folder, "to-hf", checks, tensors, step=checkpoint.step, dtype=dtype)
 
 
@@ -88,21 +92,18 @@ def _check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> Ch
     return Check("tokenizer", differences, {"texts": len(texts), "fuzzed_texts": NUM_FUZZED, "kinds": list(FUZZ)})
 
 
-def _check_values(
-    checkpoint: CheckpointReader, files: dict[str, SafetensorsFile], dtype: str
-) -> tuple[Check, dict[str, Hashes]]:
-    """Every byte where the type stayed, else every value."""
-    differences = []
-    tensors = {}
-    for name in checkpoint.names:
-        stored, written = checkpoint.read_stored(name), files[name].read(name)
-        tensors[name] = Hashes([sha256(stored)], sha256(written))
-        if stored.dtype == written.dtype == DTYPES[dtype]:
-            same = tensors[name].source == [tensors[name].written]
-        else:
-            same = written.dtype == DTYPES[dtype] and torch.equal(written, stored.to(written.dtype))
-        if not same:
-            differences.append(f"{name} holds other values")
-        elif stored.dtype != written.dtype and (written.isinf() & stored.isfinite()).any():
-            differences.append(f"{name} holds values that are too large for {dtype}; name another --dtype")
-    return Check("values", differences, {"num_tensors": len(tensors)}), tensors
+def _look(checkpoint: CheckpointReader, file: SafetensorsFile, name: str, dtype: torch.dtype, values: Check) -> Hashes:
+    """Compare a parameter: every byte where the type stayed, else every value."""
+    stored, written = checkpoint.read_stored(name), file.read(name)
+    hashes = Hashes([sha256(stored)], sha256(written))
+    if stored.dtype == written.dtype == dtype:
+        same = hashes.source == [hashes.written]
+    else:
+        same = written.dtype == dtype and torch.equal(written, stored.to(dtype))
+    if not same:
+        values.disagreements.append(f"{name} holds other values")
+    elif stored.dtype != dtype and (written.isinf() & stored.isfinite()).any():
+        values.disagreements.append(
+            f"{name} holds values that are too large for {dtype_name(dtype)}; use another --dtype"
+        )
+    return hashes

@@ -48,11 +48,15 @@ def check_import(
     checks = [layout, _check_config(source, checkpoint), _check_tokenizer(source, tokenizer)]
     tensors: dict[str, Hashes] = {}
     if not layout.disagreements:
-        values, tensors = _check_values(source, checkpoint)
+        values = Check("values", [])
+
+        def look(name: str) -> None:
+            tensors[name] = _look(source, checkpoint, name, values)
+
         old_rows = source.old_rows if isinstance(source, Grown) else tokenizer.vocabulary
         tokens = windows(checkpoint.model, tokenizer, texts, old_rows)
         ours = MegacodeForward(checkpoint, checkpoint.dtype)
-        checks += [values, *compare(ours, reference, checkpoint.model, tokens, old_rows, progress)]
+        checks += [values, *compare(ours, reference, checkpoint.model, tokens, old_rows, look, progress)]
     direction = f"from-{'hf' if source.kind == 'HuggingFace' else 'meta'}"
     return finish(
         folder,
@@ -100,22 +104,18 @@ def _other_rows(names: dict[int, str], tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-def _check_values(source: Source, checkpoint: CheckpointReader) -> tuple[Check, dict[str, Hashes]]:
-    """Every byte: what is written, taken apart and arranged as in the source, has the hashes of its tensors.
+def _look(source: Source, checkpoint: CheckpointReader, name: str, values: Check) -> Hashes:
+    """Compare a parameter: what is written, arranged and cut as in the source, has the hashes of its tensors.
 
     These are read by their format's library, since what the conversion reads wrongly it would read so again.
     """
-    grown = ROW_TENSORS if isinstance(source, Grown) else ()
-    differences = []
-    tensors = {}
-    for name in checkpoint.names:
-        pieces = [read_by_library(path, theirs) for path, theirs in source.places(name)]
-        written = checkpoint.read_stored(name)
-        tensors[name] = Hashes([sha256(piece) for piece in pieces], sha256(written))
-        parts = source.split(name, written)
-        same = len(parts) == 1 and parts[0] is written  # arranged as in the source: not hashed twice
-        if ([tensors[name].written] if same else [sha256(part) for part in parts]) != tensors[name].source:
-            differences.append(f"{name} holds other values")
-        elif name in grown and not torch.equal(source.join(name, pieces), written):
-            differences.append(f"the new rows of {name} are others")
-    return Check("values", differences, {"num_tensors": len(tensors)}), tensors
+    pieces = [read_by_library(path, theirs) for path, theirs in source.places(name)]
+    written = checkpoint.read_stored(name)
+    hashes = Hashes([sha256(piece) for piece in pieces], sha256(written))
+    parts = source.split(name, written)
+    same = len(parts) == 1 and parts[0] is written  # arranged as in the source: not hashed twice
+    if ([hashes.written] if same else [sha256(part) for part in parts]) != hashes.source:
+        values.disagreements.append(f"{name} holds other values")
+    elif isinstance(source, Grown) and name in ROW_TENSORS and not torch.equal(source.join(name, pieces), written):
+        values.disagreements.append(f"the new rows of {name} are others")
+    return hashes
