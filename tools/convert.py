@@ -55,6 +55,7 @@ def from_hf(
     tokenizer: TokenizerFile = None,
     add_infilling: AddInfilling = False,
     new_rows: NewRows = "mean",
+    rope_theta: Annotated[float | None, typer.Option(min=0, help="Where that of config.json is wrong.")] = None,
     text: Text = None,
     force: Force = False,
     json_file: JsonFile = None,
@@ -70,8 +71,8 @@ def from_hf(
     from megacode.checkpoint.convert.hf_source import HfSource
     from megacode.checkpoint.convert.reference import Reference
 
-    opened = HfSource(source)
-    reference = Reference.of_hf(source, lambda name: opened.pieces(name)[0])
+    opened = HfSource(source, rope_theta)
+    reference = Reference.of_hf(source, rope_theta)
     _import(opened, reference, target, tokenizer, new_rows if add_infilling else None, text, force, json_file)
 
 
@@ -102,7 +103,7 @@ def from_meta(
     from megacode.checkpoint.convert.reference import Reference
 
     opened = MetaSource(source, rope_theta, max_positions)
-    reference = Reference.of_meta(source, opened.read_whole, rope_theta)
+    reference = Reference.of_meta(source, rope_theta)
     _import(opened, reference, target, tokenizer, new_rows if add_infilling else None, text, force, json_file)
 
 
@@ -117,8 +118,11 @@ def _import(
     json_file: Path | None,
 ) -> None:
     from megacode.checkpoint.convert import importing, importing_receipt
+    from megacode.checkpoint.convert.source import warnings_of
 
     texts = _texts(text)
+    for warning in warnings_of(source.model):
+        typer.echo(f"warning: {warning}", err=True)
     source, pieces = importing.with_tokenizer(source, tokenizer, new_rows)
 
     def write(check: Callable[[Path], None], progress: "Progress") -> None:

@@ -196,6 +196,16 @@ def change(key, value):
     return spoil
 
 
+def scale_an_export(source):
+    """Megacode's exports name the rotary base under the newer key and the older one."""
+    change("rope_parameters", {"rope_type": "default", "rope_theta": 1e6})(source)
+    change("rope_scaling", {"type": "linear", "factor": 4.0})(source)
+
+
+def write(name, text):
+    return lambda source: (source / name).write_text(text)
+
+
 def respell(edit):
     def spoil(source):
         tensors = load_file(source / "model.safetensors")
@@ -226,6 +236,18 @@ REFUSED = [
     (change("rope_scaling", {"type": "linear", "factor": 4.0}), "rope_scaling is"),
     (change("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}), "rope_parameters is"),
     (change("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}), "leave the right one"),
+    (change("rope_scaling", {"rope_type": "default", "rope_theta": 5000.0}), "and 5000.0 (rope_scaling); leave"),
+    (scale_an_export, "rope_scaling is {'type': 'linear', 'factor': 4.0}"),
+    (change("rope_scaling", ["linear"]), "rope_scaling is ['linear']"),
+    (change("rope_theta", "big"), "rope_theta = 'big'"),
+    (change("eos_token_id", 99999), "eos_token_id is 99999 and the vocabulary has the rows 0 to 615"),
+    (change("eos_token_id", [2, 616]), "eos_token_id is [2, 616]"),
+    (change("pad_token_id", -1), "pad_token_id is -1"),
+    (write("generation_config.json", '{"bos_token_id": 616}'), "generation_config.json: bos_token_id is 616"),
+    (write("generation_config.json", "{"), "generation_config.json is damaged"),
+    (write("tokenizer_config.json", "{"), "tokenizer_config.json is damaged"),
+    (write("tokenizer.json", "{"), "tokenizer.json is damaged"),
+    (write("tokenizer.json", '{"model": {"vocab": [["a", 0]]}}'), "tokenizer.json is damaged"),
     (change("tie_word_embeddings", True), "tie_word_embeddings is True"),
     (change("attention_bias", True), "attention_bias is True"),
     (change("mlp_bias", True), "mlp_bias is True"),
@@ -307,6 +329,54 @@ def test_defaults_of_transformers_are_named(tmp_path, source):
     assert (model.rope_theta, model.norm_epsilon, model.max_positions) == (10000, 1e-6, 2048)
     origins = json.loads((tmp_path / "own" / RECEIPT).read_text())["origins"]
     assert origins["rope_theta"] == "transformers' default, no rope_theta in config.json"
+
+
+def test_null_is_as_left_out(tmp_path, source):
+    for key in ("rope_theta", "rms_norm_eps"):
+        change(key, None)(source)
+    change("max_position_embeddings", 4096)(source)
+    result = convert("from-hf", source, tmp_path / "own")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    model = CheckpointReader(tmp_path / "own").model
+    assert (model.rope_theta, model.norm_epsilon) == (10000, 1e-6)
+
+
+@pytest.mark.parametrize("theta", [10000.0, None])
+def test_a_long_context_with_a_small_rotary_base_is_warned_of(tmp_path, source, theta):
+    change("rope_theta", theta)(source)
+    result = convert("from-hf", source, tmp_path / "own")
+    assert result.exit_code == 0, result.output
+    (warning,) = json.loads((tmp_path / "own" / RECEIPT).read_text())["warnings"]
+    assert result.stderr == f"warning: {warning}\n"
+    assert warning.startswith("rope_theta is 10000 with 16384 positions; Code Llama of such a context has 1000000")
+    assert CheckpointReader(tmp_path / "own").model.rope_theta == 10000
+
+
+def test_the_option_overrides_the_rotary_base(tmp_path, source):
+    """On both sides of the receipt: else they would disagree."""
+    change("rope_theta", 10000.0)(source)
+    result = convert("from-hf", source, tmp_path / "own", "--rope-theta", "1000000")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    receipt = json.loads((tmp_path / "own" / RECEIPT).read_text())
+    assert receipt["warnings"] == []
+    assert receipt["origins"]["rope_theta"] == (
+        "the option --rope-theta, instead of 10000.0 (rope_theta in config.json)"
+    )
+    assert CheckpointReader(tmp_path / "own").model.rope_theta == 1e6
+
+
+def test_values_that_another_type_cannot_hold_are_found(tmp_path, source):
+    def enlarge(tensors):
+        tensors["model.embed_tokens.weight"][615, 0] = 1e6  # of no token that the forwards see
+
+    respell(enlarge)(source)
+    assert convert("from-hf", source, tmp_path / "own").exit_code == 0
+    result = convert("to-hf", tmp_path / "own", tmp_path / "back", "--dtype", "fp16")
+    assert result.exit_code == 1
+    assert "values: model.embed_tokens.weight holds values that are too large for fp16" in result.stderr
+    assert not (tmp_path / "back").exists()
 
 
 def test_another_vocabulary_in_tokenizer_json_is_found(tmp_path, source):

@@ -163,6 +163,29 @@ def test_a_small_disk_is_said_before_anything_is_written(checkpoint, tmp_path, m
     assert not (tmp_path / "new").exists()
 
 
+def test_an_error_while_checking_is_itself_and_keeps_what_was_written(checkpoint, tmp_path):
+    """Not one of the disk, which would be mended by room and whose remains are taken away."""
+
+    def check(folder):
+        raise OSError("Can't load tokenizer")
+
+    with pytest.raises(OSError, match="Can't load tokenizer") as caught:
+        exporting.export(checkpoint, tmp_path / "hf", "bf16", check=check)
+    assert not isinstance(caught.value, UserError)
+    assert (target.temporary_folder(tmp_path / "hf") / "model.safetensors").exists()
+
+
+def test_what_a_killed_conversion_left_makes_room_first(checkpoint, tmp_path, monkeypatch):
+    left = target.temporary_folder(tmp_path / "hf")
+    left.mkdir()
+    usage = target.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        target.shutil, "disk_usage", lambda path: usage._replace(free=1000 if left.exists() else usage.free)
+    )
+    exporting.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_no_deepspeed():
     """Converting needs none."""
     code = "import sys, megacode.checkpoint.convert.exporting_receipt; sys.exit('deepspeed' in sys.modules)"

@@ -1,20 +1,23 @@
 """The receipt of a converted checkpoint names what is wrong with each kind of wrong one, and with a wrong source."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.conversions import shape, weights, write_hf, write_meta
 from support.exports import train_tokenizer
 
-from megacode.checkpoint.convert import importing, importing_receipt
+from megacode.checkpoint.convert import importing, importing_receipt, stored
 from megacode.checkpoint.convert.folder import RECEIPT
 from megacode.checkpoint.convert.hf_source import HfSource
 from megacode.checkpoint.convert.importing_receipt import check_import
 from megacode.checkpoint.convert.meta_source import MetaSource, to_halves
 from megacode.checkpoint.convert.receipt import ConversionError
 from megacode.checkpoint.convert.reference import Reference
+from megacode.data import engines
 
 TEXTS = ["def f(x):\n    return x + 1\n"]
 Q, K = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
@@ -36,9 +39,9 @@ def made(tmp_path_factory):
 def opened(folder, kind):
     if kind == "hf":
         source = HfSource(folder / "hf")
-        return source, Reference.of_hf(source.folder, lambda name: source.pieces(name)[0])
+        return source, Reference.of_hf(source.folder)
     source = MetaSource(folder / "meta")
-    return source, Reference.of_meta(source.folder, source.read_whole, None)
+    return source, Reference.of_meta(source.folder)
 
 
 def permute_q_and_k(tensors, model):
@@ -109,7 +112,7 @@ def test_wrong_weights_are_found(made, tmp_path, monkeypatch, kind, spoil, expec
 
 @pytest.mark.parametrize("kind", ["hf", "meta"])
 def test_the_reference_notices_a_wrong_reading_of_the_source(made, tmp_path, monkeypatch, kind):
-    """Where conversion itself reads theta or a tensor wrong, what it compares with does not."""
+    """Where conversion itself reads theta wrong, what it compares with does not."""
     monkeypatch.setattr(importing_receipt, "NUM_FUZZED", 5)
     source, reference = opened(made, kind)
     source.model = source.model.model_copy(update={"rope_theta": 1e4})
@@ -120,3 +123,44 @@ def test_the_reference_notices_a_wrong_reading_of_the_source(made, tmp_path, mon
             tmp_path / "own",
             check=lambda folder: check_import(source, reference, folder, TEXTS),
         )
+
+
+@pytest.mark.parametrize("kind", ["hf", "meta"])
+def test_a_misread_file_is_found(made, tmp_path, monkeypatch, kind):
+    """Where conversion takes other rows out of the source's files than their format's library."""
+    monkeypatch.setattr(importing_receipt, "NUM_FUZZED", 5)
+    source, reference = opened(made, kind)
+    file = stored.SafetensorsFile if kind == "hf" else stored.TorchFile
+    right = file.read
+    monkeypatch.setattr(file, "read", lambda self, name: right(self, name).flip(0))
+
+    def check(folder):
+        with pytest.raises(ConversionError, match=r"values: .*logits: .*rotary: "):
+            check_import(source, reference, folder, TEXTS)
+
+    importing.convert(source, (made / "tokenizer.model").read_bytes(), tmp_path / "own", check=check)
+
+
+def letter_by_letter(model, *rest):
+    """An engine whose ids give back the text, but are not SentencePiece's."""
+    oracle = engines.sentencepiece(model)
+
+    def continuation(text):
+        return np.concatenate([oracle.continuation(letter) for letter in text])
+
+    def document(text):
+        return np.concatenate([oracle.document(text[0]), *(oracle.continuation(letter) for letter in text[1:])])
+
+    return replace(oracle, name="letters 1", document=document, continuation=continuation)
+
+
+def test_an_engine_with_other_ids_is_found(made, tmp_path, monkeypatch):
+    """What training would encode with is what is compared, not SentencePiece with itself."""
+    monkeypatch.setattr(engines, "fastest", letter_by_letter)
+    source, reference = opened(made, "hf")
+
+    def check(folder):
+        with pytest.raises(ConversionError, match=r"tokenizer: letters 1 gives the text .* other ids"):
+            check_import(source, reference, folder, TEXTS)
+
+    importing.convert(source, (made / "tokenizer.model").read_bytes(), tmp_path / "own", check=check)

@@ -68,7 +68,9 @@ def test_it_takes_a_file_in_every_command():
     app = typer.main.get_command(cli.app)
     found = {words[:-1]: words[-1] for words in parameters(app) if "--json" in words[-1].opts}
     data = {("data", name) for name in ("inspect", "replay", "verify")}
-    assert set(found) == data | {("convert", "to-hf"), ("doctor",), ("plan",), ("schedule",), ("verify",)}
+    checkpoint = {("checkpoint", name) for name in ("inspect", "prune", "verify")}
+    convert = {("convert", name) for name in ("from-hf", "from-meta", "to-hf")}
+    assert set(found) == data | checkpoint | convert | {("doctor",), ("plan",), ("schedule",), ("verify",)}
     for bench in (communication, kernels, loading, memory, optimizer, pipeline, scaling, train_cpu, train_gpu):
         one = typer.Typer()
         one.command()(bench.main)

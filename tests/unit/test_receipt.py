@@ -14,6 +14,7 @@ from megacode.checkpoint.convert.exporting import export
 from megacode.checkpoint.convert.exporting_receipt import check_export
 from megacode.checkpoint.convert.folder import RECEIPT
 from megacode.checkpoint.convert.receipt import ConversionError
+from megacode.errors import UserError
 from megacode.model.llama import num_parameters
 
 TEXTS = ["def f(x):\n    return x + 1\n", "class A:\n\tpass  # </s>\n", ""]
@@ -82,6 +83,14 @@ def change_epsilon(tensors, config):
     config["rms_norm_eps"] = 1e-4
 
 
+def use_another_eos(tensors, config):
+    config["eos_token_id"] = 5
+
+
+def use_an_id_beyond_the_rows(tensors, config):
+    config["pad_token_id"] = config["vocab_size"]
+
+
 def change_theta(tensors, config):
     config["rope_parameters"]["rope_theta"] = 1e6
 
@@ -117,6 +126,8 @@ WRONG = [
     (permute_q, {"values", "logits", "rotary"}),
     (swap_gate_and_up, {"values", "logits"}),
     (change_epsilon, {"config", "logits"}),
+    (use_another_eos, {"config"}),
+    (use_an_id_beyond_the_rows, {"config"}),
     (change_theta, {"config", "logits", "rotary"}),
     (change_one_value, {"values"}),
     (pad_the_embedding, {"layout"}),
@@ -175,6 +186,20 @@ def test_llamas_own_tokenizer_class_is_found(checkpoint, exported, tmp_path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "LlamaTokenizer"}))
     assert found_in(checkpoint, folder) == {"tokenizer"}
+
+
+def test_a_tokenizer_that_does_not_load_is_found(checkpoint, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "hf")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").unlink()
+    assert found_in(checkpoint, folder) == {"tokenizer"}
+
+
+def test_a_receipt_that_cannot_be_written_is_one_line(checkpoint, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "hf")
+    (folder / RECEIPT).mkdir()
+    with pytest.raises(UserError, match=rf"cannot write .*{RECEIPT}: Is a directory"):
+        check_export(checkpoint, folder, TEXTS)
 
 
 def found_in(checkpoint, folder):

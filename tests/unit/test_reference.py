@@ -6,7 +6,6 @@ from support.conversions import shape, weights, write_hf, write_meta
 from support.exports import train_tokenizer
 from transformers import AutoModelForCausalLM
 
-from megacode.checkpoint.convert.meta_source import MetaSource
 from megacode.checkpoint.convert.reference import Reference
 
 
@@ -19,10 +18,10 @@ def test_logits(tmp_path, kind):
     tensors = weights(model, torch.float32)
     hf = write_hf(tmp_path / "hf", model, tensors, tokenizer)
     if kind == "hf":
-        reference = Reference.of_hf(hf, tensors.__getitem__)
+        reference = Reference.of_hf(hf)
     else:
         meta = write_meta(tmp_path / "meta", model, tensors, tokenizer, 4)
-        reference = Reference.of_meta(meta, MetaSource(meta).read_whole, None)
+        reference = Reference.of_meta(meta)
     tokens = torch.randint(model.vocabulary, (2, 50), generator=torch.Generator().manual_seed(2))
     positions = torch.arange(50).expand(2, 50)
     x = reference.embed(tokens)

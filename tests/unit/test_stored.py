@@ -1,10 +1,14 @@
 """Files of tensors, read without a mapping and without running anything."""
 
+import zipfile
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from megacode.checkpoint.convert.library import files_by_name, read_by_library
 from megacode.checkpoint.convert.stored import open_stored
+from megacode.errors import UserError
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
@@ -25,3 +29,21 @@ def test_tensors_come_back(tmp_path, suffix, dtype):
         read = file.read(name)
         assert read.is_contiguous()
         assert torch.equal(read, tensor)
+        assert torch.equal(read_by_library(path, name), tensor)
+    assert files_by_name([path, path]) == {name: [path, path] for name in tensors}
+
+
+def test_a_compressed_archive_is_named(tmp_path):
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "plain.bin")
+    with zipfile.ZipFile(tmp_path / "plain.bin") as plain, zipfile.ZipFile(tmp_path / "file.bin", "w") as archive:
+        for entry in plain.infolist():
+            archive.writestr(entry.filename, plain.read(entry), zipfile.ZIP_DEFLATED)
+    assert torch.load(tmp_path / "file.bin")["a"].tolist() == [0] * 1000
+    with pytest.raises(UserError, match=r"file\.bin is compressed"):
+        open_stored(tmp_path / "file.bin")
+
+
+@pytest.mark.parametrize("name", ["gone.safetensors", "gone.bin"])
+def test_a_file_that_vanished_is_one_line(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} cannot be read"):
+        read_by_library(tmp_path / name, "a")

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from megacode.recipe import ModelSection
 
+MEGACODE = "from megacode.cli import main; main()"
+"""The command `megacode`, of this very checkout."""
 POOL = 1 << 24
 """Random numbers that all tensors are made of, each from another start on."""
 NEEDED = {"from-hf": "source", "to-hf": "own", "from-meta": "meta"}
@@ -77,7 +79,7 @@ def _measure(direction: str, source: Path, target: Path) -> dict[str, Any]:
     """One conversion in a process of its own."""
     size = _drop_from_cache(source)
     started = time.perf_counter()
-    command = [sys.executable, "-m", "megacode.tools.bench.convert", "convert", direction, str(source), str(target)]
+    command = [sys.executable, "-c", MEGACODE, "convert", direction, str(source), str(target)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     output = process.stdout.read()
@@ -233,12 +235,7 @@ def _write_meta(
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["convert"]:  # the measured process
-        from megacode.tools.convert import app
-
-        app(sys.argv[2:])
-    else:
-        try:
-            typer.run(main)
-        except UserError as error:
-            sys.exit(f"error: {error}")
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from megacode.checkpoint.convert.folder import CARRIED, write_json, written_beside
+from megacode.checkpoint.convert.hf_source import SPECIAL_IDS
 from megacode.checkpoint.convert.hf_tokenizer import write_tokenizer
 from megacode.checkpoint.convert.stored import dtype_name
 from megacode.checkpoint.convert.weights import MAX_FILE_BYTES, Progress, num_bytes, write_weights
@@ -64,7 +65,7 @@ def export(
     def read(name: str) -> Tensor:
         return checkpoint.read_stored(name).to(DTYPES[dtype])
 
-    with written_beside(folder, force=force, needed_bytes=needed_bytes) as written:
+    with written_beside(folder, force=force, needed_bytes=needed_bytes, check=check) as written:
         files = write_weights(
             written, shapes, DTYPES[dtype], read, _file_name, max_file_bytes=max_file_bytes, progress=progress
         )
@@ -74,7 +75,6 @@ def export(
             write_json(written / INDEX, {"metadata": metadata, "weight_map": weight_map})
         write_tokenizer(checkpoint.tokenizer_path, written, checkpoint.model.max_positions)
         _write_configs(checkpoint, written, dtype)
-        check(written)
 
 
 def _file_name(number: int, total: int) -> str:
@@ -83,20 +83,27 @@ def _file_name(number: int, total: int) -> str:
 
 def _write_configs(checkpoint: CheckpointReader, folder: Path, dtype: str) -> None:
     """config.json, generation_config.json and the chat template."""
-    tokenizer = Tokenizer(checkpoint.tokenizer_path)
-    special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": None}
     carried = checkpoint.folder / CARRIED
-    write_json(folder / "generation_config.json", special)
+    write_json(folder / "generation_config.json", _own_ids(checkpoint))
     for name in ("generation_config.json", "chat_template.jinja"):
         if (carried / name).is_file():
             shutil.copyfile(carried / name, folder / name)
-    config = _read(carried / "config.json")
-    special |= {key: config[key] for key in special if key in config}
-    write_json(folder / "config.json", {**config_of(checkpoint.model, dtype), **special})
+    write_json(folder / "config.json", {**config_of(checkpoint.model, dtype), **special_ids(checkpoint)})
     template = _read(carried / "tokenizer_config.json").get("chat_template")
     if template is not None:
         path = folder / "tokenizer_config.json"
         write_json(path, {**_read(path), "chat_template": template})
+
+
+def special_ids(checkpoint: CheckpointReader) -> dict[str, Any]:
+    """Ids of special tokens in config.json: the source's, where the checkpoint was converted, else the tokenizer's."""
+    config = _read(checkpoint.folder / CARRIED / "config.json")
+    return {key: config.get(key, own) for key, own in _own_ids(checkpoint).items()}
+
+
+def _own_ids(checkpoint: CheckpointReader) -> dict[str, Any]:
+    tokenizer = Tokenizer(checkpoint.tokenizer_path)
+    return dict(zip(SPECIAL_IDS, (tokenizer.bos, tokenizer.eos, None), strict=True))
 
 
 def _read(path: Path) -> dict[str, Any]:

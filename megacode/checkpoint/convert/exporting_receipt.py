@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from megacode.checkpoint.convert.compare import SEED, compare, windows
-from megacode.checkpoint.convert.exporting import config_of
+from megacode.checkpoint.convert.exporting import config_of, special_ids
 from megacode.checkpoint.convert.forward import MegacodeForward
 from megacode.checkpoint.convert.grown import ROW_TENSORS
+from megacode.checkpoint.convert.hf_source import wrong_ids
 from megacode.checkpoint.convert.hf_tokenizer import FUZZ, compare_tokenizer, fuzzed_texts
 from megacode.checkpoint.convert.receipt import Check, Hashes, Receipt, check_layout, finish
-from megacode.checkpoint.convert.stored import SafetensorsFile
+from megacode.checkpoint.convert.stored import SafetensorsFile, dtype_name
 from megacode.checkpoint.convert.transformers_forward import TransformersForward
 from megacode.checkpoint.convert.weights import Progress
 from megacode.checkpoint.reader import DTYPES, CheckpointReader
 from megacode.checkpoint.tensorfile import sha256
 from megacode.data.tokenizer import Tokenizer
-from megacode.recipe import ModelSection
 
 NUM_FUZZED = 2000
 
@@ -51,9 +51,16 @@ def check_export(
         [*rows, ("config.json", config["vocab_size"])],
         tokenizer.vocabulary,
     )
-    checks = [layout, _check_config(checkpoint.model, config, dtype), _check_tokenizer(tokenizer, folder, texts)]
+    generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    wrong = [
+        f"{name}: {found}"
+        for name, settings in (("config.json", config), ("generation_config.json", generation))
+        for found in wrong_ids(settings, tokenizer.vocabulary)
+    ]
+    expected = {**config_of(checkpoint.model, dtype), **special_ids(checkpoint)}
+    checks = [layout, _check_config(expected, config, wrong), _check_tokenizer(tokenizer, folder, texts)]
     tensors: dict[str, Hashes] = {}
-    if not layout.disagreements:
+    if not layout.disagreements and not wrong:  # transformers makes no model with such an id
         theirs = TransformersForward(folder)
         layout.disagreements.extend(theirs.differences())
         values = Check("values", [])
@@ -71,14 +78,13 @@ def _open(folder: Path) -> list[SafetensorsFile]:
     return [SafetensorsFile(path) for path in sorted(folder.glob("*.safetensors"))]
 
 
-def _check_config(model: ModelSection, config: dict[str, Any], dtype: str) -> Check:
-    expected = config_of(model, dtype)
+def _check_config(expected: dict[str, Any], config: dict[str, Any], wrong: list[str]) -> Check:
     differences = [
         f"{key} is {config.get(key)} in config.json and should be {value}"
         for key, value in expected.items()
         if config.get(key) != value
     ]
-    return Check("config", differences)
+    return Check("config", differences + wrong)
 
 
 def _check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> Check:
@@ -96,4 +102,8 @@ def _look(checkpoint: CheckpointReader, file: SafetensorsFile, name: str, dtype:
         same = written.dtype == dtype and torch.equal(written, stored.to(dtype))
     if not same:
         values.disagreements.append(f"{name} holds other values")
+    elif stored.dtype != dtype and (written.isinf() & stored.isfinite()).any():
+        values.disagreements.append(
+            f"{name} holds values that are too large for {dtype_name(dtype)}; use another --dtype"
+        )
     return hashes

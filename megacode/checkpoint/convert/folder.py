@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,31 +19,40 @@ CARRIED = "source"
 
 
 @contextmanager
-def written_beside(folder: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
-    """A new folder that gets the name `folder` when the block ends, and keeps its own when an error ends it.
+def written_beside(folder: Path, *, force: bool, needed_bytes: int, check: Callable[[Path], None]) -> Iterator[Path]:
+    """A new folder that gets the name `folder` when the block has filled it and the check passed.
 
     Args:
         folder: missing, or empty, or with `force` an earlier conversion.
         force: replace an earlier conversion.
         needed_bytes: what will be written.
+        check: called with the folder; where it raises, the folder keeps its own name and stays, to be looked at.
 
     Raises:
         UserError: the target is taken, or its disk too small or not writable.
     """
     folder = folder.resolve()
     _check_target(folder, force)
-    _check_space(folder.parent, needed_bytes)
     written = temporary_folder(folder)
     try:
         if written.exists():  # left by a conversion that was killed or disagreed
             shutil.rmtree(written)
+        _check_space(folder.parent, needed_bytes)
         written.mkdir(parents=True)
         yield written
-        _replace(written, folder)
     except OSError as error:
         shutil.rmtree(written, ignore_errors=True)
-        reason = error.strerror or " ".join(str(error).split())
-        raise UserError(f"{folder} cannot be written ({reason}); make room or name a folder on another disk") from None
+        raise _not_writable(folder, error) from None
+    check(written)
+    try:
+        _replace(written, folder)
+    except OSError as error:
+        raise _not_writable(folder, error) from None
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    reason = error.strerror or " ".join(str(error).split())
+    return UserError(f"{folder} cannot be written ({reason}); make room or name a folder on another disk")
 
 
 def temporary_folder(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """A source with the sixteen rows more that infilling needs (Llama 2, and Code Llama's variants of 32,000 rows)."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,6 +32,9 @@ class Grown:
 
     def pieces(self, name: str) -> list[Tensor]:
         return self.source.pieces(name)
+
+    def places(self, name: str) -> list[tuple[Path, str]]:
+        return self.source.places(name)
 
     def join(self, name: str, pieces: list[Tensor]) -> Tensor:
         whole = self.source.join(name, pieces)

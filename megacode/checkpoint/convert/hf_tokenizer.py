@@ -120,7 +120,10 @@ def compare_tokenizer(reference: Tokenizer, folder: Path, texts: list[str]) -> l
     """
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(folder)
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        return [f"transformers cannot load it ({' '.join(str(error).split())[:200]})"]
     rows = range(reference.vocabulary)
     differences = []
     if len(loaded) != len(rows):

@@ -79,7 +79,8 @@ def convert(
     def read(name: str) -> Tensor:
         return source.join(name, source.pieces(name))
 
-    with written_beside(folder, force=force, needed_bytes=num_bytes(shapes, source.dtype)) as written:
+    needed_bytes = num_bytes(shapes, source.dtype)
+    with written_beside(folder, force=force, needed_bytes=needed_bytes, check=check) as written:
         files = write_weights(
             written, shapes, source.dtype, read, _file_name, max_file_bytes=max_file_bytes, progress=progress
         )
@@ -90,7 +91,6 @@ def convert(
         text = json.dumps(_manifest(source, shapes, files), indent=1)
         (written / "manifest.json").write_text(text, encoding="utf-8")
         durable.sync(*(written / CARRIED).iterdir(), written / CARRIED)
-        check(written)
 
 
 def _file_name(number: int, total: int) -> str:

@@ -1,16 +1,16 @@
 """The receipt of a converted checkpoint: the written files must hold, and megacode compute, what the source does."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megacode.checkpoint.convert.compare import compare, windows
 from megacode.checkpoint.convert.forward import Forward, MegacodeForward
 from megacode.checkpoint.convert.grown import ROW_TENSORS, Grown
+from megacode.checkpoint.convert.hf_source import tokenizer_rows
+from megacode.checkpoint.convert.library import read_by_library
 from megacode.checkpoint.convert.receipt import Check, Hashes, Receipt, check_layout, finish
-from megacode.checkpoint.convert.source import Source, shapes_of
+from megacode.checkpoint.convert.source import Source, shapes_of, warnings_of
 from megacode.checkpoint.convert.stored import SafetensorsFile, dtype_name
 from megacode.checkpoint.convert.weights import Progress
 from megacode.checkpoint.reader import CheckpointReader
@@ -40,7 +40,7 @@ def check_import(
         ConversionError: something disagrees. The receipt is written then as well and says the same.
     """
     checkpoint = CheckpointReader(folder)
-    tokenizer = Tokenizer(checkpoint.tokenizer_path, oracle=True)
+    tokenizer = Tokenizer(checkpoint.tokenizer_path)  # not SentencePiece itself where training uses a faster engine
     found = [SafetensorsFile(path) for path in sorted(folder.glob("*.safetensors"))]
     shapes = {name: shape for file in found for name, shape in file.shapes.items()}
     rows = [(name, shapes.get(name, (0,))[0]) for name in ROW_TENSORS]
@@ -66,6 +66,7 @@ def check_import(
         step=0,
         dtype=dtype_name(checkpoint.dtype),
         origins=source.origins,
+        warnings=warnings_of(source.model),
         known={name: entry["sha256"] for name, entry in checkpoint.manifest["files"].items()},
     )
 
@@ -85,16 +86,12 @@ def _check_tokenizer(source: Source, tokenizer: Tokenizer) -> Check:
     """Random texts come back with SentencePiece's ids; a HuggingFace source's own tokenizer.json has the same rows."""
     fault = find_fault(tokenizer, NUM_FUZZED)
     differences = [] if fault is None else [fault]
-    path = source.folder / "tokenizer.json"
-    if source.kind == "HuggingFace" and path.is_file():
-        differences += _other_rows(json.loads(path.read_text(encoding="utf-8")), tokenizer)
+    if source.kind == "HuggingFace":
+        differences += _other_rows(tokenizer_rows(source.folder), tokenizer)
     return Check("tokenizer", differences, {"fuzzed_texts": NUM_FUZZED, "infilling": tokenizer.has_infilling})
 
 
-def _other_rows(content: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
-    rows = dict(content.get("model", {}).get("vocab", {}))
-    rows |= {added["content"]: added["id"] for added in content.get("added_tokens", [])}
-    names = {row: name for name, row in rows.items()}
+def _other_rows(names: dict[int, str], tokenizer: Tokenizer) -> list[str]:
     swapped = [
         row for row in range(tokenizer.vocabulary) if names.get(row, tokenizer.piece(row)) != tokenizer.piece(row)
     ]
@@ -108,8 +105,12 @@ def _other_rows(content: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
 
 
 def _look(source: Source, checkpoint: CheckpointReader, name: str, values: Check) -> Hashes:
-    """Compare a parameter: what is written, arranged and cut as in the source, has the hashes of its tensors."""
-    pieces, written = source.pieces(name), checkpoint.read_stored(name)
+    """Compare a parameter: what is written, arranged and cut as in the source, has the hashes of its tensors.
+
+    These are read by their format's library, since what the conversion reads wrongly it would read so again.
+    """
+    pieces = [read_by_library(path, theirs) for path, theirs in source.places(name)]
+    written = checkpoint.read_stored(name)
     hashes = Hashes([sha256(piece) for piece in pieces], sha256(written))
     parts = source.split(name, written)
     same = len(parts) == 1 and parts[0] is written  # arranged as in the source: not hashed twice

@@ -112,8 +112,11 @@ class MetaSource:
 
     def pieces(self, name: str) -> list[Tensor]:
         """One of each file; of what all have whole, that of the first."""
-        theirs, dim = meta_name(name)
-        return [file.read(theirs) for file in (self._files if dim is not None else self._files[:1])]
+        theirs = meta_name(name)[0]
+        return [file.read(theirs) for file in self._holders(name)]
+
+    def places(self, name: str) -> list[tuple[Path, str]]:
+        return [(file.path, meta_name(name)[0]) for file in self._holders(name)]
 
     def join(self, name: str, pieces: list[Tensor]) -> Tensor:
         dim = meta_name(name)[1]
@@ -127,12 +130,8 @@ class MetaSource:
             whole = to_pairs(whole, heads)
         return [whole] if dim is None else list(whole.chunk(len(self._files), dim))
 
-    def read_whole(self, theirs: str) -> Tensor:
-        """A tensor by Meta's name and in Meta's arrangement: what the files hold, put together."""
-        dim = self._dims[theirs]
-        if dim is None:
-            return self._files[0].read(theirs)
-        return torch.cat([file.read(theirs) for file in self._files], dim)
+    def _holders(self, name: str) -> list[StoredFile]:
+        return self._files if meta_name(name)[1] is not None else self._files[:1]
 
     def _rotated_heads(self, name: str) -> int:
         """By how many heads the rows are permuted; 0: they are not."""

@@ -15,6 +15,7 @@ from typing import Any
 import megacode
 from megacode.checkpoint.convert.folder import RECEIPT
 from megacode.checkpoint.convert.source import file_sha256
+from megacode.errors import UserError
 
 
 class ConversionError(RuntimeError):
@@ -51,6 +52,8 @@ class Receipt:
     checks: list[Check]
     origins: dict[str, str]
     """Where what is often guessed came from."""
+    warnings: list[str]
+    """What is likely wrong with the source, although both sides agree on it."""
     tensors: dict[str, Hashes]
     versions: dict[str, str]
     sha256: dict[str, str]
@@ -66,6 +69,7 @@ def finish(
     step: int,
     dtype: str,
     origins: dict[str, str] | None = None,
+    warnings: Iterable[str] = (),
     known: dict[str, str] | None = None,
 ) -> Receipt:
     """Write the receipt of `folder`.
@@ -75,6 +79,7 @@ def finish(
 
     Raises:
         ConversionError: something disagrees. The receipt is written then as well and says the same.
+        UserError: it cannot be written.
     """
     disagreements = [f"{check.name}: {found}" for check in checks for found in check.disagreements]
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECEIPT)
@@ -86,11 +91,15 @@ def finish(
         dtype=dtype,
         checks=checks,
         origins=origins or {},
+        warnings=list(warnings),
         tensors=tensors,
         versions=_versions(),
         sha256={name: (known or {}).get(name) or file_sha256(path) for name, path in files.items()},
     )
-    (folder / RECEIPT).write_text(json.dumps(asdict(receipt), indent=1) + "\n", encoding="utf-8")
+    try:
+        (folder / RECEIPT).write_text(json.dumps(asdict(receipt), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / RECEIPT}: {error.strerror}; make room") from None
     if disagreements:
         raise ConversionError(f"{folder} disagrees with its source: {'; '.join(disagreements)}")
     return receipt

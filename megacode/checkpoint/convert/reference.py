@@ -1,19 +1,20 @@
 """Llama once more, in plain torch and straight from a source's own files: what a conversion must compute the same as.
 
-It shares nothing with megacode's model, nor with how a conversion reads a configuration and renames and arranges
-weights. It follows Meta's formulation (Touvron et al. 2023): rotary positions are products of complex numbers
-(Su et al. 2021, section 3.4.2), of the pairs that stand next to each other in Meta's files, and half a head apart in
-HuggingFace's.
+It shares nothing with megacode's model, nor with how a conversion reads a configuration and the files of weights, and
+renames and arranges these. It follows Meta's formulation (Touvron et al. 2023): rotary positions are products of
+complex numbers (Su et al. 2021, section 3.4.2), of the pairs that stand next to each other in Meta's files, and half a
+head apart in HuggingFace's.
 """
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from megacode.checkpoint.convert.library import files_by_name, read_by_library
 
 META_NAMES = {
     "embedding": "tok_embeddings.weight", "norm": "norm.weight", "head": "output.weight",
@@ -32,14 +33,16 @@ HF_NAMES = {
     "gate": "model.layers.{}.mlp.gate_proj.weight", "up": "model.layers.{}.mlp.up_proj.weight",
     "down": "model.layers.{}.mlp.down_proj.weight",
 }  # fmt: skip
+SHARED_DIMS = {"embedding": 1, "q": 0, "k": 0, "v": 0, "o": 1, "gate": 0, "up": 0, "down": 1, "head": 0}
+"""Along which dimension Meta's files share a weight; what is not named here each has whole."""
 
 
 @dataclass(frozen=True)
 class Reference:
     """See `forward.Forward`."""
 
-    read: Callable[[str], Tensor]
-    """A tensor by the source's own name and in its own arrangement."""
+    files: dict[str, list[Path]]
+    """Name of a tensor -> the files that hold it, or a share of it."""
     names: dict[str, str]
     neighbours: bool
     """Whether rotary pairs stand next to each other."""
@@ -49,30 +52,38 @@ class Reference:
     theta: float
 
     @classmethod
-    def of_hf(cls, folder: Path, read: Callable[[str], Tensor]) -> "Reference":
-        """That of a HuggingFace folder."""
+    def of_hf(cls, folder: Path, theta: float | None = None) -> "Reference":
+        """That of a HuggingFace folder.
+
+        Args:
+            folder: with config.json and the weights.
+            theta: instead of what config.json says.
+        """
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         heads = config["num_attention_heads"]
-        inside = (config.get("rope_parameters") or {}).get("rope_theta")
-        theta = config.get("rope_theta", 10000.0) if inside is None else inside
-        epsilon = config.get("rms_norm_eps", 1e-6)
-        return cls(read, HF_NAMES, False, heads, config.get("num_key_value_heads") or heads, epsilon, theta)
+        rotary = [config.get("rope_parameters") or {}, config.get("rope_scaling") or {}, config]
+        said = [theta, *(place.get("rope_theta") for place in rotary), 10000.0]
+        theta = float(next(value for value in said if value is not None))
+        epsilon = 1e-6 if config.get("rms_norm_eps") is None else float(config["rms_norm_eps"])
+        kv_heads = config.get("num_key_value_heads") or heads
+        return cls(files_by_name(_hf_files(folder)), HF_NAMES, False, heads, kv_heads, epsilon, theta)
 
     @classmethod
-    def of_meta(cls, folder: Path, read: Callable[[str], Tensor], theta: float | None) -> "Reference":
+    def of_meta(cls, folder: Path, theta: float | None = None) -> "Reference":
         """That of Meta's files.
 
         Args:
-            folder, read: as the fields.
+            folder: with params.json and the weights.
             theta: where params.json says none; left out, the default of Meta's code.
         """
         params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
         heads = params["n_heads"]
         theta = params.get("rope_theta") or theta or 10000.0
-        return cls(read, META_NAMES, True, heads, params.get("n_kv_heads") or heads, params["norm_eps"], theta)
+        files = files_by_name(sorted(folder.glob("consolidated.*.pth")))
+        return cls(files, META_NAMES, True, heads, params.get("n_kv_heads") or heads, params["norm_eps"], theta)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.read(self.names["embedding"])[tokens].float()
+        return self._read("embedding")[tokens].float()
 
     def block(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         x = x + self._attention(layer, self._norm(x, "before_attention", layer), positions)
@@ -89,7 +100,13 @@ class Reference:
         return self._norm(x, "norm") @ self._weight("head").T
 
     def _weight(self, role: str, layer: int | None = None) -> Tensor:
-        return self.read(self.names[role].format(layer)).float()
+        return self._read(role, layer).float()
+
+    def _read(self, role: str, layer: int | None = None) -> Tensor:
+        name = self.names[role].format(layer)
+        if len(self.files[name]) == 1 or role not in SHARED_DIMS:
+            return read_by_library(self.files[name][0], name)
+        return torch.cat([read_by_library(path, name) for path in self.files[name]], SHARED_DIMS[role])
 
     def _norm(self, x: Tensor, role: str, layer: int | None = None) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + self.epsilon).sqrt() * self._weight(role, layer)
@@ -112,3 +129,15 @@ class Reference:
         pairs = x.unflatten(-1, (-1, 2)) if self.neighbours else x.unflatten(-1, (2, -1)).transpose(-1, -2)
         turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
         return (turned if self.neighbours else turned.transpose(-1, -2)).flatten(-2)
+
+
+def _hf_files(folder: Path) -> list[Path]:
+    """In transformers' order: one file before several, safetensors before the older kind."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / single).is_file():
+            return [folder / single]
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return [folder / name for name in sorted(set(weight_map.values()))]
+    return []

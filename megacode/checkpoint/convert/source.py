@@ -38,6 +38,10 @@ class Source(Protocol):
         """The parameter as its files have it."""
         ...
 
+    def places(self, name: str) -> list[tuple[Path, str]]:
+        """Of each piece, the file and the name that it has there."""
+        ...
+
     def join(self, name: str, pieces: list[Tensor]) -> Tensor:
         """The parameter as megacode has it, of its pieces."""
         ...
@@ -51,6 +55,20 @@ def shapes_of(model: ModelSection) -> dict[str, tuple[int, ...]]:
     """Global name -> shape of every parameter, in the model's order."""
     with torch.device("meta"):
         return {name: part_of(parameter).shape for name, parameter in Llama(model).named_parameters()}
+
+
+def warnings_of(model: ModelSection) -> list[str]:
+    """What is likely wrong with a source, although a model can be so.
+
+    Code Llama was trained with long contexts and a rotary base of 1,000,000 (Roziere et al. 2023, section 2.4). There
+    are copies of its config.json with a long context whose base is 10,000 or left out: they compute something else.
+    """
+    if model.max_positions <= 4096 or model.rope_theta != 10000.0:
+        return []
+    return [
+        f"rope_theta is 10000 with {model.max_positions} positions; Code Llama of such a context has 1000000, and "
+        f"settings of one that say otherwise are wrong (--rope-theta 1000000 mends it)"
+    ]
 
 
 def read_settings(path: Path) -> dict[str, Any]:

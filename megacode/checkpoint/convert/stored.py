@@ -107,19 +107,26 @@ def _describe(path: Path) -> dict[str, Tensor]:
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("no archive, or a part of one")
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
         content = torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors and is not read, since reading could run its code "
             f"({_line(error)}); take a safetensors file"
         ) from None
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         raise UserError(
             f"{path} is truncated, damaged or of a PyTorch before 1.6 ({_line(error)}); fetch it again, or "
             f"save it again with a newer PyTorch"
         ) from None
+    if compressed:
+        raise UserError(
+            f"{path} is compressed, so that its tensors cannot be read one at a time; read it with torch.load and "
+            f"write it with torch.save"
+        )
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} is no dictionary of tensors; name a folder of weights alone")
     return content
