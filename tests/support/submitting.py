@@ -1,5 +1,6 @@
 """Runs as jobs of a cluster on this machine: `megacode submit`, and what becomes of them."""
 
+import contextlib
 import json
 import os
 import random
@@ -75,7 +76,8 @@ class Job:
 
     def log(self) -> str:
         """What the batch script has printed, in all starts."""
-        return (self.run / "slurm" / f"job_{self.number}.txt").read_text()
+        file = self.run / "slurm" / f"job_{self.number}.txt"
+        return file.read_text() if file.exists() else ""
 
     def starts(self, event: str) -> list[dict]:
         """The lines of RUN/slurm/starts.jsonl that tell of its beginnings, or of its ends."""
@@ -122,6 +124,18 @@ class Job:
     def signal_batch(self) -> None:
         """What SLURM does before the time limit."""
         self.cluster.run("scancel", "--batch", "--signal=USR1", self.number)
+
+    def process(self, rank: int) -> int:
+        """The process of a rank that runs, started by srun."""
+        wanted = {f"SLURM_CONF={self.cluster.environment['SLURM_CONF']}", f"SLURM_JOB_ID={self.number}"}
+        wanted.add(f"SLURM_PROCID={rank}")
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if "megacode.train" not in (folder / "cmdline").read_text():
+                    continue
+                if wanted <= set((folder / "environ").read_text().split("\0")):
+                    return int(folder.name)
+        raise AssertionError(f"rank {rank} does not run\n{self.everything()}")
 
     def everything(self) -> str:
         """All logs, for a test that failed."""
