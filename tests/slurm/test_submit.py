@@ -95,9 +95,9 @@ def test_a_run_that_much_interrupts_is_the_same_bit_for_bit(submit, straight):
 def test_a_time_limit_then_a_cancellation_then_other_nodes(submit):
     run = submit.recipe.parent / "limited"
     options = ["schedule.steps=1000000", "parallel.pipeline=2"]
-    with ending(submit(run, "--time", "1", "--signal-seconds", "55", *options)) as job:
+    with ending(submit(run, "--time", "3", "--signal-seconds", "175", *options)) as job:
         job.wait(lambda: "SLURM asks to end" in job.log())
-        job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")  # for slow machines
+        job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")  # of the next start
         job.wait(lambda: len(job.starts("end")) == 1)
         (end,) = job.starts("end")
         assert (end["again"], end["asked"]) == (True, True)
