@@ -76,6 +76,12 @@ def submit(
     """
     if tasks_per_node is not None and gpus_per_node:
         raise UserError("--tasks-per-node is for CPUs (--gpus-per-node 0); with GPUs there is a process for each")
+    limit_seconds = jobs.seconds_of(time) if time is not None else None
+    if limit_seconds and limit_seconds <= signal_seconds:
+        raise UserError(
+            f"--time {time} is over before the run has begun: it is asked to save {signal_seconds} s before that; give "
+            f"it more, or a smaller --signal-seconds"
+        )
     tasks = gpus_per_node or tasks_per_node or 1
     config = recipes.load(recipe, overrides)
     run = Path(config.run)

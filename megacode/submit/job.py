@@ -77,6 +77,20 @@ def sbatch_command(request: Request, run: Path, script: Path, recipe: Path) -> l
     return ["sbatch", "--parsable", *given, str(script), str(recipe)]
 
 
+def seconds_of(limit: str) -> int | None:
+    """A time limit as sbatch takes it (90, 90:00, 1:30:00, 1-12, 1-12:00, 1-12:00:00); None for any other word."""
+    days, dash, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdecimal() for part in [*parts, days if dash else "0"]) or len(parts) > 3:
+        return None
+    numbers = [int(part) for part in parts]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+
+
 def check_commands() -> None:
     """Raises: UserError where SLURM's commands are not on PATH."""
     if absent := [command for command in COMMANDS if shutil.which(command) is None]:

@@ -42,6 +42,7 @@ SAVED = Ending(
         ({"state": "COMPLETING"}, STOPPED, "SLURM calls the job COMPLETING"),
         ({"state": ""}, AGAIN, "from step 14"),
         ({"state": "COMPLETING", "step": 10, "starts": 3}, STOPPED, "SLURM calls the job COMPLETING"),
+        ({"state": "COMPLETING", "status": {"outcome": "finished"}}, FINISHED, "finished"),
         ({"asked": False, "status": {"outcome": "failed", "message": "rank 1"}}, AGAIN, r"failed \(rank 1\); it"),
         ({"asked": False, "status": {"outcome": "failed", "message": "no"}, "step": 10}, AGAIN, "from step 10"),
         ({"asked": False, "status": {"outcome": "running"}}, AGAIN, "ended without a word"),

@@ -109,6 +109,7 @@ def test_memory_that_is_too_small_is_told(run):
         (["data.valid=/nowhere/valid"], "/nowhere/valid"),
         (["checkpoint.start_from=/nowhere/c"], "checkpoint.start_from: there is no folder /nowhere/c"),
         (["--tasks-per-node=2"], "--tasks-per-node is for CPUs"),
+        (["--time=5"], "--time 5 is over before the run has begun: it is asked to save 300 s before that"),
         (["--gpus-per-node=7"], "no layout fits 1 x 7 processes: "),
         (["--gpus-per-node=1", "model.hidden=1048576"], "run: a checkpoint takes "),
         (
@@ -170,6 +171,15 @@ def test_a_job_that_was_sent_by_hand_counts(run, cluster, tmp_path):
     cluster(squeue="echo 5 RUNNING; echo 6 PENDING")
     with pytest.raises(UserError, match=r"run: the job 6 of .* is pending still"):
         run("--nodes=1", "--gpus-per-node=1", dry=False)
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("5:30", 330), ("1:30:00", 5400), ("1-12", 129600), ("1-12:30", 131400), ("0-0:0:7", 7),
+     ("UNLIMITED", None), ("1:2:3:4", None), ("-5", None), ("", None)],
+)  # fmt: skip
+def test_limits_as_sbatch_takes_them(limit, seconds):
+    assert jobs.seconds_of(limit) == seconds
 
 
 def test_without_slurm(run, monkeypatch, tmp_path):
