@@ -112,7 +112,7 @@ def submit(
     facts = {"recipe": str(recipe.absolute()), "overrides": overrides or [], "changed": changed, "code": code}
     job, folder = jobs.send(request, config, facts)
     commit = (code["commit"] or f"version {code['version']}")[:12] + (", with changes" if code["dirty"] else "")
-    typer.echo(f"job {job}: {folder}/recipe.yaml (code {commit})\nlogs: {folder.parent}/job_{job}.txt, {run}/logs")
+    typer.echo(f"job {job}: {folder}/recipe.yaml (code {commit})\nlogs: {folder.parent}/job_{job}.txt, {run}/log")
 
 
 def _open(config: Recipe) -> Recipe:

@@ -1,6 +1,5 @@
 """What is sent to SLURM for a run: the command, a copy of recipe and script, and what is known of jobs sent before."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,10 +13,12 @@ from typing import Any
 import megacode
 from megacode.errors import UserError
 from megacode.recipe import Recipe
-from megacode.submit.restarts import FOLDER
+from megacode.submit.restarts import FOLDER, append_line, read_lines, started_jobs
 
 ROOT = Path(megacode.__file__).resolve().parents[1]
 SCRIPT = ROOT / "launchers" / "slurm" / "train.sbatch"
+OWN_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Which cluster is meant, and who asks. Other variables of that kind are of the job that `submit` is called in."""
 COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
 
 
@@ -45,7 +46,15 @@ class Request:
 
 
 def sbatch_command(request: Request, run: Path, script: Path, recipe: Path) -> list[str]:
-    """The command that sends the job."""
+    """The command that sends the job.
+
+    Raises:
+        UserError: an option that would start the run several times, or a path that sbatch would cut.
+    """
+    if any(option.lstrip("-").split("=")[0] == "array" for option in request.options):
+        raise UserError("--sbatch array: the jobs of an array would train in one run folder; submit each run by itself")
+    if "," in sys.executable:
+        raise UserError(f"the path of Python, {sys.executable}, has a comma, at which sbatch cuts; use another one")
     variables = {
         "MEGACODE_PYTHON": sys.executable,
         "MEGACODE_LAUNCHER": request.launcher,
@@ -58,7 +67,7 @@ def sbatch_command(request: Request, run: Path, script: Path, recipe: Path) -> l
         "nodes": request.nodes,
         "ntasks-per-node": request.tasks_per_node,
         "signal": f"B:USR1@{request.signal_seconds}",
-        "output": run / FOLDER / "job_%j.txt",
+        "output": f"{str(run / FOLDER).replace('%', '%%')}/job_%j.txt",
         "export": ",".join(["ALL", *(f"{name}={value}" for name, value in variables.items())]),
     }
     if request.gpus_per_node:
@@ -94,7 +103,7 @@ def check_free(run: Path) -> None:
     Raises:
         UserError: names the job.
     """
-    jobs = {line["job"] for line in _jobs(run)}
+    jobs = {line["job"] for line in read_lines(run / FOLDER / "jobs.jsonl")} | started_jobs(run)
     if not jobs:
         return
     queued = _call("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A %T").splitlines()
@@ -127,14 +136,18 @@ def send(request: Request, recipe: Recipe, facts: Mapping[str, Any]) -> tuple[st
     except OSError as error:
         raise UserError(f"run: cannot write {folder}: {error.strerror}; mend that or name another folder") from None
     command = sbatch_command(request, run, folder / SCRIPT.name, folder / "recipe.yaml")
+    foreign = {key for key in os.environ if key.startswith("SLURM_")} - set(OWN_VARIABLES)
+    environment = {key: value for key, value in os.environ.items() if key not in foreign}
     try:
-        job = _call(*command).strip().split(";")[0]
-    except UserError:
+        job = _call(*command, environment=environment).strip().split(";")[0]
+    except UserError as error:
+        if "timed out" in str(error):  # the controller may have taken it, and start it
+            told = f"{error}; but first see whether squeue shows the job: what it needs stays in {folder}"
+            raise UserError(told) from None
         shutil.rmtree(folder)
         raise
     line = {"job": job, "unix_time": time.time(), "folder": str(folder), "command": command, **facts}
-    with (run / FOLDER / "jobs.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(run / FOLDER / "jobs.jsonl", line)
     return job, folder
 
 
@@ -154,17 +167,12 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _jobs(run: Path) -> list[dict[str, Any]]:
-    file = run / FOLDER / "jobs.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-
-
-def _call(*command: str) -> str:
+def _call(*command: str, environment: Mapping[str, str] | None = None) -> str:
     """What a command of SLURM prints. Raises: UserError where it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} has not answered for a minute; try again") from None
+        raise UserError(f"{command[0]} timed out after a minute; try again") from None
     if done.returncode:
         raise UserError(f"{command[0]} refused: {' '.join(done.stderr.split())}")
     return done.stdout

@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Container
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,11 @@ FINISHED, GIVEN_UP, AGAIN, STOPPED = 0, 1, 3, 75
 ASKED_BY_SLURM = "asked by SIGTERM"
 """What status.json says of a run that SLURM itself asked to end: without a word to the batch script where the cluster
 preempts a job without the signal that it has wished for."""
+ASKED_BY_FILE = "asked by the file "
+"""... of a run that its user asked, by RUN/STOP."""
 STARTS_AT_A_STEP = 3
-"""SLURM starts a job again by itself when a node is lost. A job that gained nothing in so many starts loses them."""
+"""A job that gained no step in so many starts is given up. Not after one: before SLURM knows that a node is lost the
+ranks fail in some way, and with it goes what they had done since the newest checkpoint."""
 FOLDER = "slurm"
 """Of a run: what was sent and what became of it."""
 
@@ -43,33 +48,49 @@ class Ending:
     """How often the job has been started again."""
     max_restarts: int
     state: str
-    """The job's, as squeue says it. Where SLURM is ending it already, it knows whether it comes back: not after
-    scancel, by itself after a preemption."""
+    """The job's, as squeue says it; empty where that gets no answer. Where SLURM is ending it already, it knows whether
+    it comes back: not after scancel, by itself after a preemption."""
+    starts: int = 1
+    """How many starts in a row have begun at `first_step`, with this one."""
+    former: str = ""
+    """`what` of the start before this one, if that began at `first_step` too."""
+
+    @property
+    def what(self) -> str:
+        """How it ended."""
+        status = self.status or {}
+        outcome = status.get("outcome")
+        told = {
+            None: "the run ended before it could say anything",
+            "running": "the run ended without a word",
+            "stopped": "the run was asked to stop and has saved",
+        }
+        return told.get(outcome, f"the run failed ({status.get('message', '')})")
 
 
 def decide(ending: Ending) -> tuple[int, str]:
     """FINISHED, STOPPED, AGAIN or GIVEN_UP, and why.
 
-    A run that its user stopped stays stopped. Whatever else ended goes on from its newest checkpoint, if there is one
-    that this start has made: otherwise the next start would come no further.
+    A run that its user stopped stays stopped. Whatever else ended goes on from its newest checkpoint, if this start has
+    made one. If not, the next may come no further: the job is given up when it fails in the same words as before (a
+    mistake that comes up each time), or in any way for the STARTS_AT_A_STEP-th time.
     """
-    status = ending.status or {}
+    status, what = ending.status or {}, ending.what
     outcome, message = status.get("outcome"), str(status.get("message", ""))
     if outcome == "finished":
         return FINISHED, f"the run has finished at step {status.get('step')}"
-    asked = ending.asked or message == ASKED_BY_SLURM
-    if outcome == "stopped" and not asked:
+    by_slurm = message == ASKED_BY_SLURM or (ending.asked and not message.startswith(ASKED_BY_FILE))
+    if outcome == "stopped" and not by_slurm:
         return STOPPED, f"the run was stopped at step {status.get('step')} ({message}); submit it again to go on"
-    what = {
-        None: "the run ended before it could say anything",
-        "running": "the run ended without a word",
-        "stopped": "the run was asked to stop and has saved",
-    }.get(outcome, f"the run failed ({message})")
-    if ending.state != "RUNNING":
-        return STOPPED, f"{what}; SLURM calls the job {ending.state or 'unknown'}, and starts it again or not"
+    if ending.state not in ("RUNNING", ""):
+        return STOPPED, f"{what}; SLURM calls the job {ending.state}, and starts it again or not"
     if ending.step <= ending.first_step:
-        least = "; ask for more time, or let it be asked earlier (--signal-seconds)" if asked else ""
-        return GIVEN_UP, f"{what}; not started again: no step was gained since step {ending.first_step}{least}"
+        in_vain = f"{what}; not started again: no step was gained since step {ending.first_step}"
+        if outcome == "failed" and what == ending.former:
+            return GIVEN_UP, f"{in_vain}, and the start before failed in the same words"
+        if ending.starts >= STARTS_AT_A_STEP:
+            least = "; ask for more time, or let it be asked earlier (--signal-seconds)" if ending.asked else ""
+            return GIVEN_UP, f"{in_vain}, in {ending.starts} starts{least}"
     if ending.restarts >= ending.max_restarts:
         mend = "submit it again, with a higher --max-restarts if need be"
         return GIVEN_UP, f"{what}; not started again: it was {ending.restarts} times already; {mend}"
@@ -91,37 +112,76 @@ def read_status(run: Path) -> dict[str, Any] | None:
     return status if isinstance(status, dict) else None
 
 
-def begin(run: Path, job: str, restarts: int, max_restarts: int) -> Path:
+def begin(run: Path, job: str, restarts: int, max_restarts: int, queued: Container[str] = ()) -> Path:
     """Note that a start of a job begins. Returns: the folder for its ranks' logs.
 
+    Args:
+        queued: jobs that wait or run.
+
     Raises:
-        UserError: the job has been started too often, or in vain.
+        UserError: the job has been started too often, or in vain, or is not alone in its run folder.
     """
     if restarts > max_restarts:
         raise UserError(f"the job was started again {restarts} times, more than --max-restarts {max_restarts}")
+    if others := [other for other in started_jobs(run) if other != job and other in queued]:
+        raise UserError(f"run: the job {others[0]} of {run} waits or runs still; wait for it, or scancel {others[0]}")
     step, status = newest_step(run), read_status(run)
-    steps = [line["step"] for line in _lines(run) if line["job"] == job and line["event"] == "begin"]
-    if steps[-STARTS_AT_A_STEP:] == [step] * STARTS_AT_A_STEP:
+    if _starts_at(run, job, step) >= STARTS_AT_A_STEP:
         raise UserError(f"the job began {STARTS_AT_A_STEP} times at step {step} and gained none; see the logs in {run}")
     identity = None if status is None else [status.get(key) for key in _IDENTITY]
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     _note(run, job, restarts, {"event": "begin", "step": step, "status": identity, "nodes": nodes})
-    logs = run / "logs" / f"job_{job}_{restarts}"
+    logs = run / "log" / f"job_{job}_{restarts}"
     logs.mkdir(parents=True, exist_ok=True)
     return logs
 
 
 def end(run: Path, job: str, restarts: int, max_restarts: int, state: str, asked: bool) -> tuple[int, str]:
     """What `decide` says of the start that `begin` has noted last; noted too."""
-    began = next(line for line in reversed(_lines(run)) if line["job"] == job and line["event"] == "begin")
+    began = _events(run, job, "begin")[-1]
+    first = began["step"]
+    starts = _starts_at(run, job, first)
+    former = [line["what"] for line in _events(run, job, "end") if line["restarts"] == began["restarts"] - 1]
     status = read_status(run)
     if status is not None and [status.get(key) for key in _IDENTITY] == began["status"]:
         status = None  # an earlier start has left it
-    ending = Ending(began["step"], newest_step(run), status, asked, restarts, max_restarts, state)
+    repeated = former[-1] if former and starts > 1 else ""
+    ending = Ending(first, newest_step(run), status, asked, restarts, max_restarts, state, starts, repeated)
     code, reason = decide(ending)
-    facts = {"event": "end", "step": ending.step, "asked": asked, "again": code == AGAIN, "reason": reason}
-    _note(run, job, restarts, facts)
+    facts = {"step": ending.step, "asked": asked, "again": code == AGAIN, "what": ending.what, "reason": reason}
+    _note(run, job, restarts, {"event": "end", **facts})
     return code, reason
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """A file of JSON lines, without those that are torn: what writes them may be killed, or the disk full."""
+    lines = []
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def append_line(file: Path, line: dict[str, Any]) -> None:
+    """Add a line to a file of JSON lines; one that is torn stays one of its own.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab+") as output:
+            size = output.seek(0, os.SEEK_END)
+            output.seek(max(size - 1, 0))
+            torn = output.read(1) not in (b"", b"\n")
+            output.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"run: cannot write {file}: {error.strerror}") from None
+
+
+def started_jobs(run: Path) -> set[str]:
+    """The jobs that have begun in a run folder, sent by `megacode submit` or by hand."""
+    return {line["job"] for line in read_lines(_file(run)) if line["event"] == "begin"}
 
 
 _IDENTITY = ("unix_time", "host", "pid")
@@ -131,19 +191,18 @@ def _file(run: Path) -> Path:
     return run / FOLDER / "starts.jsonl"
 
 
-def _lines(run: Path) -> list[dict[str, Any]]:
-    file = _file(run)
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+def _events(run: Path, job: str, event: str) -> list[dict[str, Any]]:
+    return [line for line in read_lines(_file(run)) if (line["job"], line["event"]) == (job, event)]
+
+
+def _starts_at(run: Path, job: str, step: int) -> int:
+    """How many of a job's last starts, one after the other, have begun at a step."""
+    steps = [line["step"] for line in reversed(_events(run, job, "begin"))]
+    return next((i for i, each in enumerate(steps) if each != step), len(steps))
 
 
 def _note(run: Path, job: str, restarts: int, facts: dict[str, Any]) -> None:
-    file = _file(run)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as output:
-            output.write(json.dumps({"unix_time": time.time(), "job": job, "restarts": restarts, **facts}) + "\n")
-    except OSError as error:
-        raise UserError(f"run: cannot write {file}: {error.strerror}") from None
+    append_line(_file(run), {"unix_time": time.time(), "job": job, "restarts": restarts, **facts})
 
 
 def main(arguments: list[str]) -> int:
@@ -152,6 +211,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("moment", choices=["begin", "end"])
     parser.add_argument("--max-restarts", type=int, required=True)
     parser.add_argument("--asked", action="store_true", help="SLURM has asked the job to end")
+    parser.add_argument("--queued", default="", help="what squeue prints of the user's jobs: their numbers")
     parser.add_argument("--state", default="", help="what squeue calls the job now")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
@@ -160,7 +220,9 @@ def main(arguments: list[str]) -> int:
         run = Path(recipes.load(options.recipe, options.overrides).run)
         job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if options.moment == "begin":
-            print(begin(run, job, restarts, options.max_restarts))
+            if "SLURM_ARRAY_JOB_ID" in os.environ:
+                raise UserError("an array of jobs would train in one run folder at once; send one job for each run")
+            print(begin(run, job, restarts, options.max_restarts, options.queued.split()))
             return 0
         code, reason = end(run, job, restarts, options.max_restarts, options.state, options.asked)
     except UserError as error:

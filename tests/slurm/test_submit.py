@@ -9,7 +9,7 @@ import yaml
 from support.launching import metrics, status
 from support.submitting import Submitter, ending, write_small_recipe
 
-from megacode.submit.restarts import newest_step
+from megacode.submit.restarts import begin, newest_step
 
 STEPS = 40
 
@@ -43,7 +43,7 @@ def test_a_run_that_finishes(straight):
     assert str(folder) == line["folder"]
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["run"] == str(run)
     assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "train.sbatch"]
-    logs = run / "logs" / f"job_{straight.number}_0"
+    logs = run / "log" / f"job_{straight.number}_0"
     assert (logs / "hostfile").read_text() == "n1 slots=1\nn2 slots=1\n"
     (rank_0,) = logs.glob("*_rank0.log")
     assert f"step {STEPS}/{STEPS}" in rank_0.read_text()
@@ -88,16 +88,16 @@ def test_a_run_that_much_interrupts_is_the_same_bit_for_bit(submit, straight):
         assert job.wait_for_end() == "COMPLETED", job.everything()
     assert status(job.run)["outcome"] == "finished"
     assert figures(job.run) == figures(straight.run)
-    logs = sorted(path.name for path in (job.run / "logs").iterdir())
+    logs = sorted(path.name for path in (job.run / "log").iterdir())
     assert logs == [f"job_{job.number}_{number}" for number in range(4)]
 
 
 def test_a_time_limit_then_a_cancellation_then_other_nodes(submit):
     run = submit.recipe.parent / "limited"
     options = ["schedule.steps=1000000", "parallel.pipeline=2"]
-    with ending(submit(run, "--time", "1", "--signal-seconds", "55", *options)) as job:
+    with ending(submit(run, "--time", "3", "--signal-seconds", "175", *options)) as job:
         job.wait(lambda: "SLURM asks to end" in job.log())
-        job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")  # for slow machines
+        job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")  # of the next start
         job.wait(lambda: len(job.starts("end")) == 1)
         (end,) = job.starts("end")
         assert (end["again"], end["asked"]) == (True, True)
@@ -124,18 +124,22 @@ def test_a_time_limit_then_a_cancellation_then_other_nodes(submit):
     assert "saved; not started again: it was 0 times already" in job.log()
 
 
-def test_a_stall_is_told_and_no_start_follows_that_would_gain_nothing(submit):
-    run = submit.recipe.parent / "stalled"
-    with ending(submit(run, "schedule.steps=1000000", "faults.stall_seconds=12")) as job:
+def test_a_stall_is_told_and_the_third_start_that_gains_nothing_is_the_last(submit):
+    run = submit.recipe.parent / "stalled 5%t"  # SLURM has patterns of its own in paths
+    options = ["schedule.steps=1000000", "faults.stall_seconds=20"]
+    with ending(submit(run, "--sbatch", "hold", *options)) as job:
+        for _ in range(2):
+            begin(run, job.number, 0, 0)
+        job.cluster.run("scontrol", "release", job.number)
         job.wait_for_step(2)
         os.kill(status(run)["pid"], signal.SIGSTOP)  # rank 0
         assert job.wait_for_end() == "FAILED"
     message = status(run)["message"]
     assert "rank 0 (host " in message
     assert message.endswith("; rank 1 waits for it")
-    assert f"the run failed ({message}); not started again: no step was gained since step 0" in job.log()
+    assert f"the run failed ({message}); not started again: no step was gained since step 0, in 3 starts" in job.log()
     assert len(list((run / "stacks").iterdir())) == 2
-    assert "who " in (run / "logs" / f"job_{job.number}_0" / "rank_00001.txt").read_text()
+    assert "who " in (run / "log" / f"job_{job.number}_0" / "rank_00001.txt").read_text()
 
 
 def test_what_is_asked_for_and_what_is_refused(submit, clusters):

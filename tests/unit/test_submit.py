@@ -1,6 +1,8 @@
 """`megacode submit` before anything is sent: what is refused, which layout is taken, which command goes out."""
 
+import os
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 
 from megacode.errors import UserError
 from megacode.submit import job as jobs
+from megacode.submit.restarts import begin
 from megacode.tools.submit import submit
 
 APP = typer.Typer()
@@ -109,12 +112,65 @@ def test_memory_that_is_too_small_is_told(run):
         (["--time=5"], "--time 5 is over before the run has begun: it is asked to save 300 s before that"),
         (["--gpus-per-node=7"], "no layout fits 1 x 7 processes: "),
         (["--gpus-per-node=1", "model.hidden=1048576"], "run: a checkpoint takes "),
+        (
+            ["--gpus-per-node=1", "--sbatch", "--array=0-3"],
+            "--sbatch array: the jobs of an array",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(run, arguments, message):
     with pytest.raises(UserError, match=message) as told:
         run("--nodes=1", *arguments)
     assert "\n" not in str(told.value)
+
+
+def test_paths_that_sbatch_would_read_otherwise(run, tmp_path, monkeypatch):
+    *_, command = run("--nodes=1", "--gpus-per-node=1", f"run={tmp_path}/1%j")
+    assert f"--output={tmp_path}/1%%j/slurm/job_%j.txt" in shlex.split(command)
+    monkeypatch.setattr(sys, "executable", "/opt/a,b/python")
+    with pytest.raises(UserError, match="the path of Python, /opt/a,b/python, has a comma"):
+        run("--nodes=1", "--gpus-per-node=1")
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Gives the commands of a cluster, in bash."""
+
+    def give(**programs):
+        for name in jobs.COMMANDS:
+            (tmp_path / name).write_text(f"#!/bin/bash\n{programs.get(name, '')}\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    return give
+
+
+def test_what_is_of_another_job_is_not_handed_on(run, cluster, monkeypatch, tmp_path):
+    for name in ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "7")
+    cluster(sbatch=f"env | grep ^SLURM_ >{tmp_path}/environment; echo 5")
+    assert run("--nodes=1", "--gpus-per-node=1", dry=False)[-2].startswith("job 5: ")
+    assert (tmp_path / "environment").read_text() == "SLURM_CONF=7\n"
+
+
+def test_a_job_that_may_have_been_taken_keeps_its_folder(run, cluster, tmp_path):
+    cluster(sbatch="echo sbatch: error: Batch job submission failed: Socket timed out >&2; exit 1")
+    with pytest.raises(UserError, match="timed out; but first see whether squeue shows the job"):
+        run("--nodes=1", "--gpus-per-node=1", dry=False)
+    (folder,) = (tmp_path / "run" / "slurm").iterdir()
+    assert (folder / "recipe.yaml").exists()
+    shutil.rmtree(tmp_path / "run")
+    cluster(sbatch="echo sbatch: error: invalid partition >&2; exit 1")
+    with pytest.raises(UserError, match="sbatch refused: "):
+        run("--nodes=1", "--gpus-per-node=1", dry=False)
+    assert not list((tmp_path / "run" / "slurm").iterdir())
+
+
+def test_a_job_that_was_sent_by_hand_counts(run, cluster, tmp_path):
+    begin(tmp_path / "run", "6", 0, 3)
+    cluster(squeue="echo 5 RUNNING; echo 6 PENDING")
+    with pytest.raises(UserError, match=r"run: the job 6 of .* is pending still"):
+        run("--nodes=1", "--gpus-per-node=1", dry=False)
 
 
 @pytest.mark.parametrize(
