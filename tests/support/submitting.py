@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from support.launching import ROOT, metrics, write_recipe
+from support.launching import ROOT, write_recipe
 from support.slurm import SlurmCluster
 
 WAIT_SECONDS = 240  # the machine may be busy
@@ -81,14 +81,12 @@ class Job:
 
     def starts(self, event: str) -> list[dict]:
         """The lines of RUN/slurm/starts.jsonl that tell of its beginnings, or of its ends."""
-        file = self.run / "slurm" / "starts.jsonl"
-        lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
+        lines = _lines(self.run / "slurm" / "starts.jsonl")
         return [line for line in lines if (line["job"], line["event"]) == (self.number, event)]
 
     def step(self) -> int:
         """The last step that metrics.jsonl tells of."""
-        file = self.run / "metrics.jsonl"
-        return max((line["step"] for line in metrics(self.run)), default=0) if file.exists() else 0
+        return max((line["step"] for line in _lines(self.run / "metrics.jsonl")), default=0)
 
     def wait(self, what: Callable[[], bool]) -> None:
         """Wait until something is so, which it never is if the job ends otherwise."""
@@ -107,8 +105,8 @@ class Job:
         begun = self.run / "starts.jsonl"
         self.wait(lambda: bool(self.starts("begin")))
         job_began = self.starts("begin")[-1]["unix_time"]
-        self.wait(lambda: begun.exists() and _last(begun)["unix_time"] > job_began)
-        first = _last(begun)["step"]
+        self.wait(lambda: any(line["unix_time"] > job_began for line in _lines(begun)))
+        first = _lines(begun)[-1]["step"]
         self.wait(lambda: self.step() >= first + more)
 
     def wait_for_start(self, number: int) -> None:
@@ -144,9 +142,10 @@ class Job:
         return "\n".join([self.cluster.run("squeue"), *texts, self.cluster.log("slurmctld")])
 
 
-def _last(file: Path) -> dict:
-    """The last line of a file of JSON lines that may be growing."""
-    return json.loads(file.read_text().rpartition("\n")[0].splitlines()[-1])
+def _lines(file: Path) -> list[dict]:
+    """The whole lines of a file of JSON lines that may be growing, or not there yet."""
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
 
 
 @contextmanager
