@@ -9,17 +9,17 @@ from megacode.tools.bench import convert
 
 
 def test_a_small_one(tmp_path, capsys):
-    convert.main("nano", tmp_path / "big", "from-meta")
-    versions, copy, measured = map(json.loads, capsys.readouterr().out.splitlines())
+    convert.main("nano", tmp_path / "big", "from-hf,from-meta")
+    versions, copy, other, measured = map(json.loads, capsys.readouterr().out.splitlines())
     assert "torch" in versions["versions"]
-    assert (copy["direction"], measured["direction"]) == ("dd", "from-meta")
+    assert [each["direction"] for each in (copy, other, measured)] == ["dd", "from-hf", "from-meta"]
     assert measured["source_bytes"] > copy["bytes"] > 8_000_000
     assert 10**8 < measured["peak_memory_bytes"] < 4 * 2**30
     assert measured["seconds"] > measured["writing_seconds"] + measured["comparing_seconds"] > 0
     assert not (tmp_path / "big").exists()
 
 
-@pytest.mark.parametrize("directions", ["to-hf", "from-hf,nowhere"])
+@pytest.mark.parametrize("directions", ["to-hf", "from-hf,from-meta,to-hf", "from-hf,nowhere"])
 def test_wrong_words(tmp_path, directions):
     with pytest.raises(UserError, match="--directions"):
         convert.main("nano", tmp_path / "big", directions)

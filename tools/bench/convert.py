@@ -48,8 +48,11 @@ def main(
 ) -> None:
     """Print a line of JSON for the copy by dd, and one for each direction."""
     chosen = directions.split(",")
-    if not set(chosen) <= NEEDED.keys() or ("to-hf" in chosen and "from-hf" not in chosen[: chosen.index("to-hf")]):
-        raise UserError(f"--directions {directions}: known are from-hf, to-hf (after from-hf) and from-meta")
+    misplaced = any(
+        each == "to-hf" and former != "from-hf" for former, each in zip(["", *chosen], chosen, strict=False)
+    )
+    if not set(chosen) <= NEEDED.keys() or misplaced:
+        raise UserError(f"--directions {directions}: known are from-hf, to-hf (right after from-hf) and from-meta")
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that may be made and removed")
     folder.mkdir(parents=True)
@@ -65,7 +68,7 @@ def main(
                 _say(_copy(source, folder / "copy"))
             _say(_measure(direction, source, target))
             shutil.rmtree(source)
-            if direction != "from-hf":
+            if chosen[number + 1 : number + 2] != ["to-hf"]:
                 shutil.rmtree(target)
     finally:
         shutil.rmtree(folder)
