@@ -129,10 +129,27 @@ def _open(config: Recipe) -> Recipe:
         sources["valid"] = [config.data.valid]
     for name, patterns in sources.items():
         Source(name, find_shards(patterns), check=lambda shards: check(shards, tokenizer))
-    start = config.checkpoint.start_from
-    if start is not None and not Path(start).is_dir():
-        raise UserError(f"checkpoint.start_from: there is no folder {start}; mend it, or leave it out")
-    return apply(config, {"model": {"vocabulary": tokenizer.vocabulary}})
+    planned = apply(config, {"model": {"vocabulary": tokenizer.vocabulary}})
+    _check_checkpoint(planned)
+    return planned
+
+
+def _check_checkpoint(planned: Recipe) -> None:
+    """Refuse what the run would refuse at its start: another model or seed than its newest checkpoint has, no step that
+    is left, weights to start from that are none of this model.
+    """
+    from megacode.checkpoint.keep import newest
+    from megacode.checkpoint.origin import open_weights
+
+    if (found := newest(Path(planned.run))) is not None:
+        reader = open_weights(planned, found)
+        if reader.progress.seed != planned.seed:
+            raise UserError(f"seed is {planned.seed} and {found} has {reader.progress.seed}; change it back")
+        if reader.step >= planned.schedule.steps:
+            raise UserError(f"schedule.steps is {planned.schedule.steps} and {found} has them all; raise it to go on")
+        return
+    if planned.checkpoint.start_from is not None:
+        open_weights(planned, Path(planned.checkpoint.start_from), new_stage=True)
 
 
 def _fitting_changes(

@@ -57,6 +57,8 @@ class Progress:
     ledger: dict[str, dict[str, int]] = field(default_factory=dict)
     """What all steps have seen, those whose update was left out too: source -> samples, labels with loss, and those of
     them in infilling documents."""
+    begun_from: str | None = None
+    """The checkpoint whose weights the run began from; None: at random."""
 
 
 def global_order(name: str) -> tuple[int, int, str]:
@@ -65,6 +67,16 @@ def global_order(name: str) -> tuple[int, int, str]:
     if "layers" in words:
         return 1, int(words[words.index("layers") + 1]), name
     return (0 if "embed_tokens" in name else 2 if "norm" in name else 3), 0, name
+
+
+def _other(folder: Path) -> str:
+    """The mend for a folder that is none, by what it looks like."""
+    if (folder / "checkpoints").is_dir():
+        return f"name one of {folder}/checkpoints/step_*"
+    for name, word in (("config.json", "from-hf"), ("params.json", "from-meta")):
+        if (folder / name).is_file():
+            return f"megacode convert {word} {folder} FOLDER makes one of it"
+    return "name a step_* folder of a run, or a converted one"
 
 
 class CheckpointReader:
@@ -76,7 +88,6 @@ class CheckpointReader:
         progress: where the run stood.
         precision: "bf16" or "fp32", the run's arithmetic; of weights that were converted, their own.
         dtype: as which the weights are stored: fp32 (the masters of a run), or what they were converted from.
-        start_from: the checkpoint whose weights the run began from; None: at random.
         optimizer: whose states are there; None: weights alone.
 
     Raises:
@@ -90,7 +101,7 @@ class CheckpointReader:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(
-                f"{folder} holds no checkpoint (manifest.json: {error.strerror}); name a step_* folder of a run"
+                f"{folder} holds no checkpoint (manifest.json: {error.strerror}); {_other(self.folder)}"
             ) from None
         except ValueError:
             raise UserError(f"{path} is damaged (not JSON); {_MEND}") from None
@@ -113,7 +124,6 @@ class CheckpointReader:
         self.progress = Progress(**manifest["progress"])
         self.precision: str = manifest["precision"]
         self.dtype = DTYPES[manifest.get("dtype", "fp32")]
-        self.start_from: str | None = manifest.get("start_from")
         self.optimizer: str | None = manifest.get("optimizer", OPTIMIZER)
 
     @property

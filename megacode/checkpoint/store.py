@@ -265,7 +265,6 @@ def _complete(folder: Path, recipe: Recipe, progress: Progress, reports: list[Re
         "precision": recipe.precision,
         "dtype": "fp32",
         "optimizer": OPTIMIZER,
-        "start_from": recipe.checkpoint.start_from,
         "files": files,
         "tensors": {name: tensors[name] for name in sorted(tensors, key=global_order)},
     }

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megacode.checkpoint.origin import open_weights
 from megacode.checkpoint.reader import global_order
 from megacode.data.tokenizer import Tokenizer
 from megacode.doctor.machine import training_device
@@ -96,7 +97,7 @@ def prepare(recipe: Recipe, texts: Sequence[str], factor: float) -> tuple[Recipe
         check_config(served, device)
     start.open_streams(recipe, tokenizer)
     if recipe.checkpoint.start_from is not None:
-        start.open_weights(recipe, Path(recipe.checkpoint.start_from), new_stage=True).verify()
+        open_weights(recipe, Path(recipe.checkpoint.start_from), new_stage=True).verify()
     needed, free = REFERENCE_BYTES * num_parameters(recipe.model), _free_bytes()
     if needed > free:
         raise UserError(

@@ -19,6 +19,15 @@ ROOT = Path(megacode.__file__).resolve().parents[1]
 SCRIPT = ROOT / "launchers" / "slurm" / "train.sbatch"
 OWN_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 """Which cluster is meant, and who asks. Other variables of that kind are of the job that `submit` is called in."""
+_COUNTED = "the layout is fitted to --nodes and --gpus-per-node (or --tasks-per-node); give those"
+_KEPT = "megacode submit sets it, and the batch script counts on it; leave it out"
+OWN = {
+    "array": "the jobs of an array would train in one run folder; submit each run by itself",
+    **dict.fromkeys(("nodes", "N", "ntasks", "n", "ntasks-per-node", "gpus-per-node", "gpus", "G"), _COUNTED),
+    "signal": "give --signal-seconds",
+    **dict.fromkeys(("export", "output", "o", "open-mode", "requeue", "no-requeue", "parsable"), _KEPT),
+}
+"""Options of sbatch that are not for `--sbatch`, and why."""
 COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
 
 
@@ -49,10 +58,11 @@ def sbatch_command(request: Request, run: Path, script: Path, recipe: Path) -> l
     """The command that sends the job.
 
     Raises:
-        UserError: an option that would start the run several times, or a path that sbatch would cut.
+        UserError: an option that submit sets itself, or a path that sbatch would cut.
     """
-    if any(option.lstrip("-").split("=")[0] == "array" for option in request.options):
-        raise UserError("--sbatch array: the jobs of an array would train in one run folder; submit each run by itself")
+    for option in (option.lstrip("-").split("=")[0] for option in request.options):
+        if option in OWN:
+            raise UserError(f"--sbatch {option}: {OWN[option]}")
     if "," in sys.executable:
         raise UserError(f"the path of Python, {sys.executable}, has a comma, at which sbatch cuts; use another one")
     variables = {

@@ -233,7 +233,9 @@ class Run:
                 text = explain_out_of_memory(self.recipe, self.layout, stage, self.device)
                 self._tell(text, message, event="out_of_memory")
             elif gone:  # what this rank came across follows from it
-                self._tell(f"{_names(gone)} ended ({type(error).__name__})", None, gone=gone)
+                self._tell(
+                    f"{_names(gone)} ended (rank {self.place.rank} saw it by {type(error).__name__})", None, gone=gone
+                )
             elif (lost := faults.lost_connection(error)) and (others := self._elsewhere()):
                 self._tell_lost(others, lost)
             else:

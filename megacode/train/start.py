@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megacode.checkpoint import keep
+from megacode.checkpoint.origin import new_stage_from, open_weights
 from megacode.checkpoint.reader import OPTIMIZER, STATES, CheckpointReader, Progress
 from megacode.checkpoint.store import Writer
 from megacode.data.stream import ORDER, TrainStream, ValidationStream, open_train, open_valid
@@ -51,7 +52,7 @@ def new_progress(recipe: Recipe, stream: TrainStream) -> Progress:
     """That of a run which begins."""
     return Progress(
         0, 0, 0, recipe.seed, recipe.batch.sequence_length, stream.num_tokens, packing=recipe.data.packing,
-        order=ORDER, sources=stream.facts(),
+        order=ORDER, sources=stream.facts(), begun_from=_begun_from(recipe),
     )  # fmt: skip
 
 
@@ -79,10 +80,10 @@ def check_run_folder(recipe: Recipe, stream: TrainStream) -> None:
         if here[key] != there.get(key):
             raise UserError(
                 f"{key} is {here[key]} and {newest} has {there.get(key)}, by which it counts its samples; change it "
-                f"back, or {_new_stage(newest)}"
+                f"back, or {new_stage_from(newest)}"
             )
-    begun_from = reader.start_from
-    if recipe.checkpoint.start_from not in (None, begun_from):
+    begun_from = reader.progress.begun_from
+    if recipe.checkpoint.start_from is not None and _begun_from(recipe) != begun_from:
         raise UserError(
             f"checkpoint.start_from is {recipe.checkpoint.start_from} and the run in {recipe.run} has begun "
             f"{'from ' + begun_from if begun_from else 'at random weights'}; name another `run` folder for a new "
@@ -90,8 +91,10 @@ def check_run_folder(recipe: Recipe, stream: TrainStream) -> None:
         )
 
 
-def _new_stage(checkpoint: Path) -> str:
-    return f"start a new stage: another `run` folder, and checkpoint.start_from: {checkpoint}"
+def _begun_from(recipe: Recipe) -> str | None:
+    """The same folder by whatever path it is named."""
+    start_from = recipe.checkpoint.start_from
+    return None if start_from is None else str(Path(start_from).resolve())
 
 
 def _counted_by(progress: Progress) -> dict[str, Any]:
@@ -107,33 +110,6 @@ def _counted_by(progress: Progress) -> dict[str, Any]:
         for key, value in source.items():
             facts[f"data.train ({key.replace('_', ' ')} of {name})"] = value
     return facts
-
-
-def open_weights(recipe: Recipe, checkpoint: Path, new_stage: bool = False) -> CheckpointReader:
-    """A checkpoint of the recipe's model and tokenizer.
-
-    Args:
-        recipe: with its vocabulary.
-        checkpoint: a step folder, or what was converted.
-        new_stage: its weights alone are taken, and rotary positions may have another base (Code Llama's long-context
-            stage: Roziere et al. 2023, section 2.4).
-
-    Raises:
-        UserError: it is none, or one of another model or tokenizer; names the key that differs.
-    """
-    reader = CheckpointReader(checkpoint)
-    free = {"preset", "init_std", "max_positions", *(["rope_theta"] if new_stage else [])}
-    for key in type(reader.model).model_fields:
-        here, there = getattr(recipe.model, key), getattr(reader.model, key)
-        if here != there and key not in free:
-            mend = "change the one, or name another checkpoint.start_from"
-            if not new_stage:
-                mend = "change it back, or " + (_new_stage(checkpoint) if key == "rope_theta" else "name another `run`")
-            raise UserError(f"model.{key} is {here} and {checkpoint} has {there}; {mend}")
-    if Path(recipe.tokenizer.path).read_bytes() != reader.tokenizer_path.read_bytes():
-        key = "checkpoint.start_from" if new_stage else "`run` folder"
-        raise UserError(f"tokenizer.path differs from the tokenizer of {checkpoint}; name that one, or another {key}")
-    return reader
 
 
 def describe_weights(recipe: Recipe) -> str:

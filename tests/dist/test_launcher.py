@@ -120,12 +120,13 @@ def test_a_crash_ends_all_ranks_and_the_run_goes_on_bit_for_bit(recipe, straight
         command(recipe, f"run={run}"), cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
-        ranks = []
+        ranks, told = [], set()
         assert process.stdout is not None
         for line in process.stdout:
             if " spawned with command" in line:
                 ranks.append(int(line.split("process ")[1].split()[0]))
-            if line.startswith("step 4: checkpoint in"):
+            told |= {what for what in ("checkpoint in", "validation loss") if line.startswith("step 4") and what in line}
+            if len(told) == 2:
                 break
         os.kill(ranks[1], signal.SIGKILL)
         died = time.monotonic()

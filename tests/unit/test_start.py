@@ -7,7 +7,7 @@ import pytest
 from support.exports import write_checkpoint
 from support.training import recipe
 
-from megacode.checkpoint.reader import Progress
+from megacode.checkpoint.reader import CheckpointReader, Progress
 from megacode.errors import UserError
 from megacode.train import start
 from megacode.train.loop import _add_labels
@@ -21,7 +21,7 @@ PROGRESS = Progress(3, 12, 3, 1, 64, 900, "concatenate", 2, SOURCES)
 
 def resume(monkeypatch, here, there, optimizer="adamw"):
     monkeypatch.setattr(start.keep, "newest", lambda folder: "CHECKPOINT")
-    reader = SimpleNamespace(progress=there, start_from=None, optimizer=optimizer)
+    reader = SimpleNamespace(progress=there, optimizer=optimizer)
     monkeypatch.setattr(start, "open_weights", lambda recipe, path: reader)
     monkeypatch.setattr(start, "new_progress", lambda recipe, stream: here)
     start.check_run_folder(SimpleNamespace(run="RUN", checkpoint=SimpleNamespace(start_from=None)), None)
@@ -128,6 +128,32 @@ def test_a_resume_is_no_new_stage(first_stage, monkeypatch):
     with pytest.raises(UserError, match=r"has begun at random weights; name another `run` folder for a new stage"):
         start.check_run_folder(second_stage(first_stage, run), None)
     start.check_run_folder(second_stage(first_stage, run, start_from=None), None)
+
+
+def test_where_a_run_began_is_remembered_by_whatever_path(first_stage, monkeypatch, tmp_path):
+    """Also by checkpoints that a start without the key has written."""
+    run = first_stage.folder.parent.parent
+    begun = replace(first_stage.progress, begun_from=str(first_stage.folder.resolve()))
+    reader = SimpleNamespace(progress=begun, optimizer="adamw")
+    monkeypatch.setattr(start, "open_weights", lambda recipe, path: reader)
+    monkeypatch.chdir(first_stage.folder.parent)
+    for path in (first_stage.folder, first_stage.folder.name, None):
+        config = second_stage(first_stage, run, start_from=path and str(path))
+        stream = SimpleNamespace(num_tokens=begun.num_tokens, facts=dict)
+        assert start.new_progress(config, stream).begun_from == (path and begun.begun_from)
+        monkeypatch.setattr(start, "_counted_by", lambda progress: {})
+        start.check_run_folder(config, stream)
+    with pytest.raises(UserError, match="has begun from"):
+        start.check_run_folder(second_stage(first_stage, run, start_from=str(tmp_path)), stream)
+
+
+def test_what_is_no_checkpoint_is_told_by_what_it_is(first_stage, tmp_path, monkeypatch):
+    run = first_stage.folder.parent.parent
+    with pytest.raises(UserError, match=r"holds no checkpoint .*; name one of .*/checkpoints/step_\*"):
+        CheckpointReader(run)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds no checkpoint .*; megacode convert from-hf .* makes one of it"):
+        CheckpointReader(tmp_path)
 
 
 def test_what_a_killed_run_left_is_room_for_the_next_checkpoint(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """`megacode submit` before anything is sent: what is refused, which layout is taken, which command goes out."""
 
+import json
 import os
 import shlex
 import shutil
@@ -7,9 +8,12 @@ import sys
 
 import pytest
 import typer
+from support.exports import write_checkpoint
 from support.submitting import write_small_recipe
 from typer.testing import CliRunner
 
+from megacode import recipe as recipes
+from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.submit import job as jobs
 from megacode.submit.restarts import begin
@@ -107,7 +111,7 @@ def test_memory_that_is_too_small_is_told(run):
         (["model.vocabulary=7"], "model.vocabulary is 7 and the tokenizer"),
         (["data.train=/nowhere/train"], "/nowhere/train"),
         (["data.valid=/nowhere/valid"], "/nowhere/valid"),
-        (["checkpoint.start_from=/nowhere/c"], "checkpoint.start_from: there is no folder /nowhere/c"),
+        (["checkpoint.start_from=/nowhere/c"], "/nowhere/c holds no checkpoint"),
         (["--tasks-per-node=2"], "--tasks-per-node is for CPUs"),
         (["--time=5"], "--time 5 is over before the run has begun: it is asked to save 300 s before that"),
         (["--gpus-per-node=7"], "no layout fits 1 x 7 processes: "),
@@ -116,12 +120,39 @@ def test_memory_that_is_too_small_is_told(run):
             ["--gpus-per-node=1", "--sbatch", "--array=0-3"],
             "--sbatch array: the jobs of an array",
         ),
+        (["--gpus-per-node=1", "--sbatch", "nodes=4"], "--sbatch nodes: the layout is fitted to --nodes"),
+        (["--gpus-per-node=1", "--sbatch", "signal=TERM@10"], "--sbatch signal: give --signal-seconds"),
+        (["--gpus-per-node=1", "--sbatch", "no-requeue"], "--sbatch no-requeue: megacode submit sets it"),
     ],
 )
 def test_a_mistake_is_one_line(run, arguments, message):
     with pytest.raises(UserError, match=message) as told:
         run("--nodes=1", *arguments)
     assert "\n" not in str(told.value)
+
+
+def test_a_run_that_could_not_go_on_is_not_sent(recipe, run, tmp_path):
+    """What the start would say after hours in the queue."""
+    config = recipes.load(recipe, ["model.vocabulary=null"])
+    checkpoint = write_checkpoint(tmp_path / "other")  # of another model and tokenizer
+    options = ["--nodes=1", "--gpus-per-node=1"]
+    with pytest.raises(UserError, match=r"model\.\w+ is .* and .*; change the one, or name another checkpoint.start"):
+        run(*options, f"checkpoint.start_from={checkpoint.folder}")
+    with pytest.raises(UserError, match=r"name one of .*/checkpoints/step_\*"):
+        run(*options, f"checkpoint.start_from={tmp_path}/other")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000009"
+    newest.mkdir(parents=True)
+    content = json.loads((checkpoint.folder / "manifest.json").read_text())
+    vocabulary = Tokenizer(config.tokenizer.path).vocabulary
+    content["model"] = {**config.model.model_dump(mode="json"), "vocabulary": vocabulary}
+    content["progress"] |= {"step": 9, "seed": 5}
+    (newest / "manifest.json").write_text(json.dumps(content))
+    shutil.copyfile(config.tokenizer.path, newest / "tokenizer.model")
+    with pytest.raises(UserError, match=r"seed is 0 and .* has 5; change it back"):
+        run(*options)
+    with pytest.raises(UserError, match=r"schedule.steps is 9 and .* has them all; raise it to go on"):
+        run(*options, "seed=5")
+    assert "goes on from step 9" in run(*options, "seed=5", "schedule.steps=20")[0]
 
 
 def test_paths_that_sbatch_would_read_otherwise(run, tmp_path, monkeypatch):
