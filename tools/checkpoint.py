@@ -86,7 +86,8 @@ def prune(
 ) -> None:
     """Remove a run's old checkpoints, as checkpoint.keep_last and checkpoint.keep_every of the recipe do.
 
-    The newest stays, and so does what is being written: the run may go on meanwhile. Whether another recipe's
+    The newest stays, and so does what is being written: the run may go on meanwhile. Nothing is removed where one of
+    those that stay is damaged, as far as manifest and sizes of files tell. Whether another recipe's
     checkpoint.start_from names one of those to be removed, nobody can know.
 
     Example: megacode checkpoint prune runs/mine --keep-last 3 --keep-every 10000 --dry-run
@@ -97,6 +98,7 @@ def prune(
         if not (run / "checkpoints").is_dir():
             raise UserError(f"{run} has no folder checkpoints; name a run folder")
         removed = keep.surplus(run, keep_last, keep_every)
+        _check_kept([folder for folder in keep.finished(run) if folder not in removed])
         freed = 0
         for folder in removed:
             num_bytes = _num_bytes(folder)
@@ -110,6 +112,26 @@ def prune(
         left = [folder for folder in keep.finished(run) if folder not in removed]
         print(f"{len(left)} kept, {len(removed)} {'to remove' if dry_run else 'removed'} ({size(freed)})")
         write({"removed": list(map(str, removed)), "kept": list(map(str, left)), "bytes": freed, "dry_run": dry_run})
+
+
+def _check_kept(folders: list[Path]) -> None:
+    """Refuse to remove others where one of these is damaged: what is removed may be the last good one.
+
+    Raises:
+        UserError: a manifest cannot be read, or a file is missing or has another size.
+    """
+    from megacode.checkpoint.reader import CheckpointReader
+
+    for folder in folders:
+        try:
+            damage = next(CheckpointReader(folder).damage(share=-1), None)  # of no file the checksum, which takes long
+        except UserError as error:
+            damage = str(error)
+        if damage is not None and folder.is_dir():  # else the run has removed it meanwhile
+            raise UserError(
+                f"nothing is removed, since {folder} would be kept and is damaged: {damage.split(';')[0]}; see what "
+                f"`megacode checkpoint verify {folder}` says, and remove that folder first"
+            )
 
 
 def _num_bytes(folder: Path) -> int:

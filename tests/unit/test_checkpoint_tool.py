@@ -84,6 +84,42 @@ def test_the_newest_is_never_removed(tmp_path):
     assert len(finished(tmp_path)) == 1
 
 
+def cut(folder):
+    path = folder / "weights_00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (cut, "weights_00000.safetensors has not the size"),
+        (lambda folder: (folder / "optimizer_00000.safetensors").unlink(), "optimizer_00000.safetensors is missing"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file"),
+    ],
+)
+@pytest.mark.parametrize("damaged", [2, 4])
+def test_nothing_is_removed_while_a_kept_one_is_damaged(tmp_path, spoil, said, damaged):
+    for step in range(1, 5):
+        save_step(tmp_path, step)
+    spoil(step_folder(tmp_path, damaged))
+    for words in ((), ("--dry-run",)):
+        error = call("prune", tmp_path, "--keep-last", 1, "--keep-every", 2, *words).exception
+        assert isinstance(error, UserError)
+        assert said in str(error)
+        assert f"megacode checkpoint verify {step_folder(tmp_path, damaged)}`" in str(error)
+        assert "\n" not in str(error)
+    assert [step_of(folder) for folder in finished(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_damaged_one_that_is_to_be_removed_is(tmp_path):
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    cut(step_folder(tmp_path, 1))
+    assert call("prune", tmp_path, "--keep-last", 1).exit_code == 0
+    assert finished(tmp_path) == [step_folder(tmp_path, 2)]
+
+
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
     for words in (("prune", tmp_path, "--keep-last", 1), ("inspect", tmp_path), ("verify", tmp_path / "none")):
         error = call(*words).exception
