@@ -45,7 +45,7 @@ Text = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILE", help="Code to compare on, instead of a few snippets; repeatable."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an earlier conversion in DST.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier conversion in DST, if nothing else is there.")]
 
 
 @app.command("from-hf")

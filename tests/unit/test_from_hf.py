@@ -408,6 +408,15 @@ def test_again_needs_force(tmp_path, source):
     assert convert("from-hf", source, tmp_path / "own", "--force").exit_code == 0
 
 
+def test_a_source_is_never_replaced_by_what_it_is_converted_to(tmp_path, source):
+    assert convert("from-hf", source, tmp_path / "own").exit_code == 0
+    for direction in ("to-hf", "from-hf"):
+        folder = tmp_path / "own" if direction == "to-hf" else source
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert "is what is converted" in str(convert(direction, folder, folder, "--force").exception)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_a_full_disk_is_one_line(tmp_path, source, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")

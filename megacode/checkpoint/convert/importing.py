@@ -72,7 +72,8 @@ def convert(
         progress: called with bytes written and bytes to write.
 
     Raises:
-        UserError: the target is taken, the disk too small or not writable, or a file of the source damaged.
+        UserError: the target is taken, or lies in the source or around it, the disk too small or not writable, or
+            a file of the source damaged.
     """
     shapes = shapes_of(source.model)
 
@@ -80,7 +81,7 @@ def convert(
         return source.join(name, source.pieces(name))
 
     needed_bytes = num_bytes(shapes, source.dtype)
-    with written_beside(folder, force=force, needed_bytes=needed_bytes, check=check) as written:
+    with written_beside(folder, source=source.folder, force=force, needed_bytes=needed_bytes, check=check) as written:
         files = write_weights(
             written, shapes, source.dtype, read, _file_name, max_file_bytes=max_file_bytes, progress=progress
         )
