@@ -131,7 +131,8 @@ def _import(
     def compare(folder: Path, progress: "Progress") -> "Receipt":
         return importing_receipt.check_import(source, reference, folder, texts, progress)
 
-    _convert(write, compare, target, json_file)
+    lines = importing.recipe_lines(source.model, target)
+    _convert(write, compare, target, json_file, f"To train from it, these lines of a recipe:\n\n{lines}")
 
 
 @app.command("to-hf")
@@ -180,8 +181,9 @@ def _convert(
     compare: Callable[[Path, "Progress"], "Receipt"],
     target: Path,
     json_file: Path | None,
+    closing: str = "",
 ) -> None:
-    """Write, compare before the folder gets its name, and say what came out."""
+    """Write, compare before the folder gets its name, and say what came out and what to do with it."""
     from megacode.checkpoint.convert.receipt import ConversionError
 
     receipts: list[Receipt] = []
@@ -203,6 +205,7 @@ def _convert(
             raise typer.Exit(1) from None
         write_json(asdict(receipts[0]))
         _print(receipts[0], target, seconds)
+        typer.echo(closing, nl=False)
 
 
 def checkpoint_folder(path: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from support.conversions import base_tokenizer, shape, weights, write_hf
 from support.exports import train_tokenizer
@@ -22,9 +23,19 @@ from megacode.checkpoint.tensorfile import sha256
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.model.llama import Llama
+from megacode.recipe import load
 from megacode.tools.convert import app
 from megacode.train.start import open_weights
 
+REST = """
+run: unused
+precision: bf16
+data: {train: unused}
+batch: {global_samples: 1, micro_samples: 1, sequence_length: 16}
+optimizer: {learning_rate: 1e-4}
+schedule: {steps: 1, warmup_steps: 0}
+"""
+"""What a recipe has besides what a conversion prints."""
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -154,6 +165,25 @@ def test_a_run_starts_from_it(tmp_path, source, model):
     )
     with pytest.raises(UserError, match=r"model\.ffn is 176"):
         open_weights(other, tmp_path / "own")
+
+
+@pytest.mark.parametrize("fields", [{}, {"rope_theta": 10000.0, "max_positions": 4096, "norm_epsilon": 1e-6}])
+def test_the_printed_lines_of_a_recipe_are_the_whole_of_the_shape(tmp_path, tensors, tokenizer, fields):
+    model = shape(tokenizer, **fields)
+    own = tmp_path / "own: weights"
+    source = write_hf(tmp_path / "source", model, tensors, tokenizer, config={"initializer_range": model.init_std})
+    said = convert("from-hf", source, own).stdout
+    lines = "model: {" + said.partition("\nmodel: {")[2]
+    assert len(lines.splitlines()) == 3
+    sections = yaml.safe_load(lines)
+    assert sections["tokenizer"] == {"path": str(own / "tokenizer.model")}
+    assert sections["checkpoint"] == {"start_from": str(own)}
+    given = {"layers", "hidden", "heads", "kv_heads", "ffn", "vocabulary", "rope_theta", "max_positions", "init_std"}
+    assert set(sections["model"]) == given | ({"norm_epsilon"} if fields else set())
+    (tmp_path / "recipe.yaml").write_text(lines + REST)
+    config = load(tmp_path / "recipe.yaml")
+    assert config.model == CheckpointReader(own).model == model
+    assert open_weights(config, own).names
 
 
 @pytest.mark.parametrize("new_rows", ["mean", "normal"])
