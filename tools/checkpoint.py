@@ -34,12 +34,12 @@ def inspect(
     """
     from megacode.checkpoint.keep import finished
     from megacode.checkpoint.reader import CheckpointReader
-    from megacode.tools.convert import checkpoint_folder
+    from megacode.tools.convert import checkpoint_folder, run_folder
 
     with json_output(json) as write:
         reader = CheckpointReader(checkpoint_folder(path))
         found = _facts(reader)
-        found["others"] = [str(folder) for folder in finished(path) if folder != reader.folder]
+        found["others"] = [str(folder) for folder in finished(run_folder(path)) if folder != reader.folder]
         for line in _text(found):
             print(line)
         if tensors:
@@ -93,8 +93,10 @@ def prune(
     Example: megacode checkpoint prune runs/mine --keep-last 3 --keep-every 10000 --dry-run
     """
     from megacode.checkpoint import keep
+    from megacode.tools.convert import run_folder
 
     with json_output(json) as write:
+        run = run_folder(run)
         if not (run / "checkpoints").is_dir():
             raise UserError(f"{run} has no folder checkpoints; name a run folder")
         removed = keep.surplus(run, keep_last, keep_every)

@@ -208,8 +208,14 @@ def _convert(
         typer.echo(closing, nl=False)
 
 
+def run_folder(path: Path) -> Path:
+    """The run folder that a path means: itself, or the one above where its folder of checkpoints is named."""
+    inside = (path / "checkpoints").is_dir() or (path / "manifest.json").exists()
+    return path if inside or path.absolute().name != "checkpoints" else path.absolute().parent
+
+
 def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of a run folder.
+    """The checkpoint that a path means: itself, or the newest of what `run_folder` gives.
 
     Raises:
         UserError: there is none.
@@ -218,11 +224,12 @@ def checkpoint_folder(path: Path) -> Path:
 
     if not path.is_dir():
         raise UserError(f"{path} is no folder; name a run folder or one of its checkpoints/step_*")
-    if not (path / "checkpoints").is_dir():
+    run = run_folder(path)
+    if not (run / "checkpoints").is_dir():
         return path
-    found = newest(path)
+    found = newest(run)
     if found is None:
-        raise UserError(f"{path} has no finished checkpoint yet; train until the first (checkpoint.every_steps)")
+        raise UserError(f"{run} has no finished checkpoint yet; train until the first (checkpoint.every_steps)")
     return found
 
 

@@ -84,6 +84,18 @@ def test_the_newest_is_never_removed(tmp_path):
     assert len(finished(tmp_path)) == 1
 
 
+def test_the_folder_of_checkpoints_means_its_run(tmp_path):
+    for step in (1, 2, 3):
+        save_step(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    lines = call("inspect", folder).stdout.splitlines()
+    assert lines[0].split() == ["checkpoint", str(step_folder(tmp_path, 3))]
+    assert lines[-1].split() == ["others", "step_00000001,", "step_00000002"]
+    assert f"{step_folder(tmp_path, 3)}: right" in call("verify", folder).stdout
+    assert call("prune", folder, "--keep-last", 1).exit_code == 0
+    assert finished(tmp_path) == [step_folder(tmp_path, 3)]
+
+
 def cut(folder):
     path = folder / "weights_00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
