@@ -289,8 +289,11 @@ REFUSED = [
     (change("intermediate_size", 208), "has the shape [192, 64] instead of [208, 64]"),
     (respell(lambda tensors: tensors.pop(Q)), f"{Q} is missing"),
     (respell(lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)})), "q_proj.bias"),
-    (respell(lambda tensors: tensors.update({Q: tensors[Q].float()})), f"{Q} in model.safetensors is float32 instead"),
-    (respell(lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)})), "is I8 instead of bfloat16"),
+    (
+        respell(lambda tensors: tensors.update({Q: tensors[Q].float()})),
+        f"{Q} in model.safetensors is fp32 instead of bf16",
+    ),
+    (respell(lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)})), "is int8 instead of bf16"),
     (respell(lambda tensors: tensors.update({Q: tensors[Q][:-1].clone()})), "has the shape [63, 64] instead of"),
     (pad_the_rows, "has 624 rows of the vocabulary and"),
     (truncate, "cannot be read as safetensors"),
@@ -438,6 +441,11 @@ def test_again_needs_force(tmp_path, source):
     assert convert("from-hf", source, tmp_path / "own", "--force").exit_code == 0
 
 
+def test_a_folder_is_no_tokenizer(tmp_path, source):
+    said = refusal("from-hf", source, tmp_path / "own", "--tokenizer", source)
+    assert said == f"{source} is a folder; name the model's SentencePiece file in it with --tokenizer"
+
+
 def test_a_source_is_never_replaced_by_what_it_is_converted_to(tmp_path, source):
     assert convert("from-hf", source, tmp_path / "own").exit_code == 0
     for direction in ("to-hf", "from-hf"):
@@ -456,4 +464,4 @@ def test_a_full_disk_is_one_line(tmp_path, source, monkeypatch):
     monkeypatch.undo()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert "GiB free" in refusal("from-hf", source, tmp_path / "own")
+    assert "has 1000 B free" in refusal("from-hf", source, tmp_path / "own")

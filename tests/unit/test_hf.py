@@ -212,9 +212,20 @@ def test_a_failed_check_keeps_the_earlier_export(checkpoint, tmp_path):
 def test_a_small_disk_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
     usage = target.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(target.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match="GiB free"):
+    with pytest.raises(UserError, match=r" has 1000 B free and the conversion takes \d+\.\d KiB; make room"):
         exporting.export(checkpoint, tmp_path / "new" / "hf", "bf16", check=unchecked)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_file_system_that_does_not_say_its_size(checkpoint, tmp_path, monkeypatch):
+    """As /proc, which has no place for a folder, and some of the network, which have."""
+    with pytest.raises(UserError, match=r"^/proc/hf cannot be written \(No such file or directory\)"):
+        exporting.export(checkpoint, Path("/proc/hf"), "bf16", check=unchecked)
+    usage = target.shutil.disk_usage("/proc")
+    assert usage.total == 0
+    monkeypatch.setattr(target.shutil, "disk_usage", lambda path: usage)
+    exporting.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
+    assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
 def test_an_error_while_checking_is_itself_and_keeps_what_was_written(checkpoint, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 from megacode.data import durable
 from megacode.errors import UserError
+from megacode.plan.units import size
 
 RECEIPT = "conversion_receipt.json"
 """Name of the file that marks a folder as a conversion of megacode."""
@@ -118,11 +119,10 @@ def _foreign(folder: Path) -> Path | None:
 def _check_space(parent: Path, needed_bytes: int) -> None:
     while not parent.exists():
         parent = parent.parent
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < needed_bytes:
-        gib = 2**30
+    usage = shutil.disk_usage(parent)
+    if usage.total and usage.free < needed_bytes:  # a file system without a total, as /proc, does not say what is free
         raise UserError(
-            f"{parent} has {free_bytes / gib:.1f} GiB free and the conversion takes {needed_bytes / gib:.1f} GiB; "
+            f"{parent} has {size(usage.free)} free and the conversion takes {size(needed_bytes)}; "
             "make room or name a folder on another disk"
         )
 

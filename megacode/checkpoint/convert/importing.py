@@ -37,6 +37,8 @@ def with_tokenizer(source: Source, tokenizer: Path | None, new_rows: NewRows | N
         UserError: the tokenizer is missing, or has other rows than the source; or infilling pieces are there already.
     """
     path = tokenizer or source.folder / "tokenizer.model"
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the model's SentencePiece file in it with --tokenizer")
     if not path.is_file():
         raise UserError(f"{path} is missing; name the model's SentencePiece file with --tokenizer")
     rows, pieces = source.model.vocabulary, Tokenizer(path)
