@@ -78,7 +78,7 @@ def _check_config(source: Source, checkpoint: CheckpointReader) -> Check:
         f"{key} is {written[key]} and should be {wanted[key]}" for key in wanted if written[key] != wanted[key]
     ]
     if checkpoint.dtype != source.dtype:
-        differences.append(f"dtype is {checkpoint.dtype} and should be {source.dtype}")
+        differences.append(f"dtype is {dtype_name(checkpoint.dtype)} and should be {dtype_name(source.dtype)}")
     return Check("config", differences, {key: wanted[key] for key in ("rope_theta", "max_positions", "norm_epsilon")})
 
 
