@@ -435,6 +435,22 @@ def test_disagreement_exits_with_1(tmp_path, source, monkeypatch):
     assert not (tmp_path / "own").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["model.norm.weight"], "model.norm.weight"),
+        (["model.layers.1.mlp.up_proj.weight", Q], f"{Q} (and 1 more)"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(tmp_path, source, names, said, value):
+    respell(lambda tensors: [tensors[name].view(-1)[3:4].fill_(value) for name in names])(source)
+    result = convert("from-hf", source, tmp_path / "own")
+    assert result.exit_code == 1
+    assert f"logits: they are no numbers: {said} holds NaN or infinity" in result.stderr
+    assert "nan" not in result.stderr
+
+
 def test_again_needs_force(tmp_path, source):
     convert("from-hf", source, tmp_path / "own")
     assert "--force" in str(convert("from-hf", source, tmp_path / "own").exception)
