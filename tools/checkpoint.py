@@ -68,7 +68,7 @@ def verify(path: Place, json: JsonFile = None) -> None:
         for each in damage:
             print(f"WRONG: {each}")
         if not damage:
-            print(f"{reader.folder}: right: {len(files)} files, {size(num_bytes)}")
+            print(f"{reader.folder}: right: {_count(len(files), 'file')}, {size(num_bytes)}")
         write({"checkpoint": str(reader.folder), "files": len(files), "bytes": num_bytes, "damage": damage})
     if damage:
         raise typer.Exit(1)
@@ -155,13 +155,14 @@ def _facts(reader: "CheckpointReader") -> dict[str, Any]:
         "dtype": manifest.get("dtype", "fp32"),
         "optimizer": reader.optimizer,
         "layout": _layout(reader),
+        "source": manifest.get("source"),
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "files": manifest["files"],
     }
 
 
 def _layout(reader: "CheckpointReader") -> dict[str, int] | None:
-    """Of the run that wrote it; None where no run did."""
+    """Of the run that wrote it; None where no run did, or its recipe is missing."""
     from megacode.recipe import load
 
     path, processes = reader.folder / "recipe.yaml", reader.manifest.get("world_size")
@@ -177,7 +178,6 @@ def _layout(reader: "CheckpointReader") -> dict[str, int] | None:
 
 def _text(found: dict[str, Any]) -> list[str]:
     model, progress = found["model"], found["progress"]
-    layout = found["layout"]
     shape = f"{model['layers']} layers, hidden {model['hidden']}, {model['vocabulary']} words"
     shape += f", rope_theta {model['rope_theta']:g}"
     lines = {
@@ -186,7 +186,7 @@ def _text(found: dict[str, Any]) -> list[str]:
         "model": f"{model['preset'] or 'of its own'}: {found['num_parameters']:,} parameters; {shape}",
         "weights": f"{found['dtype']}, of a run in {found['precision']}" if found["optimizer"] else found["dtype"],
         "optimizer": found["optimizer"] or "none",
-        "written by": "no run" if layout is None else ", ".join(f"{key} {value}" for key, value in layout.items()),
+        "written by": _writer(found),
         "files": f"{len(found['files'])}, {size(found['bytes'])}",
     }
     text = [f"{key:12}{value}" for key, value in lines.items()]
@@ -197,6 +197,21 @@ def _text(found: dict[str, Any]) -> list[str]:
     if found["others"]:
         text.append(f"{'others':12}" + ", ".join(Path(folder).name for folder in found["others"]))
     return text
+
+
+def _writer(found: dict[str, Any]) -> str:
+    if found["source"] is not None:
+        return f"a conversion from {found['source']['format']}"
+    if found["layout"] is None:
+        return "unknown (recipe.yaml is missing)"
+    layout = dict(found["layout"])
+    processes = layout.pop("processes", None)
+    ranks = ", ".join(f"{key} {value}" for key, value in layout.items())
+    return f"a run: {ranks}" if processes is None else f"a run of {_count(processes, 'process', 'es')}: {ranks}"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{plural if number != 1 else ''}"
 
 
 def _shape(shape: list[int]) -> str:

@@ -34,11 +34,47 @@ def test_inspect_says_what_a_checkpoint_is(run):
     assert "2 layers, hidden 64" in lines["model"]
     assert lines["weights"] == "fp32, of a run in bf16"
     assert lines["optimizer"] == "adamw"
-    assert said.count("written by  processes 1, data 1, pipeline 1, virtual_stages 1, context 1, tensor 1, zero 1") == 1
+    ranks = "data 1, pipeline 1, virtual_stages 1, context 1, tensor 1, zero 1"
+    assert f"written by  a run of 1 process: {ranks}\n" in said
     assert lines["others"] == "step_00000009"
     assert "model.norm.weight  64  whole in 0" in said
     vocabulary = json.loads((newest(run) / "manifest.json").read_text())["model"]["vocabulary"]
     assert f"lm_head.weight  {vocabulary} x 64  " in said
+
+
+def rewrite(folder, edit):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    edit(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_inspect_says_who_wrote_it(tmp_path):
+    folder = step_folder(tmp_path, 1)
+    write_checkpoint(tmp_path, step=1)
+
+    def writer():
+        return next(
+            line.removeprefix("written by").strip()
+            for line in call("inspect", folder).stdout.splitlines()
+            if line.startswith("written by")
+        )
+
+    rewrite(folder, lambda manifest: manifest.update(world_size=4))
+    assert writer().startswith("a run of 4 processes: data 4, pipeline 1,")
+    rewrite(folder, lambda manifest: manifest.pop("world_size"))
+    assert writer().startswith("a run: pipeline 1,")
+    (folder / "recipe.yaml").unlink()
+    assert writer() == "unknown (recipe.yaml is missing)"
+    rewrite(folder, lambda manifest: manifest.update(source={"format": "Meta", "origins": {}}))
+    assert writer() == "a conversion from Meta"
+
+
+def test_verify_counts_one_file(tmp_path):
+    save_step(tmp_path, 1)
+    folder = step_folder(tmp_path, 1)
+    rewrite(folder, lambda manifest: manifest.update(optimizer=None))
+    rewrite(folder, lambda manifest: [manifest["files"].pop(n) for n in list(manifest["files"]) if "weights" not in n])
+    assert ": right: 1 file, " in call("verify", folder).stdout
 
 
 def test_inspect_as_json(run):
