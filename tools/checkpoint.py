@@ -34,12 +34,12 @@ def inspect(
     """
     from megacode.checkpoint.keep import finished
     from megacode.checkpoint.reader import CheckpointReader
-    from megacode.tools.convert import checkpoint_folder
+    from megacode.tools.convert import checkpoint_folder, run_folder
 
     with json_output(json) as write:
         reader = CheckpointReader(checkpoint_folder(path))
         found = _facts(reader)
-        found["others"] = [str(folder) for folder in finished(path) if folder != reader.folder]
+        found["others"] = [str(folder) for folder in finished(run_folder(path)) if folder != reader.folder]
         for line in _text(found):
             print(line)
         if tensors:
@@ -68,7 +68,7 @@ def verify(path: Place, json: JsonFile = None) -> None:
         for each in damage:
             print(f"WRONG: {each}")
         if not damage:
-            print(f"{reader.folder}: right: {len(files)} files, {size(num_bytes)}")
+            print(f"{reader.folder}: right: {_count(len(files), 'file')}, {size(num_bytes)}")
         write({"checkpoint": str(reader.folder), "files": len(files), "bytes": num_bytes, "damage": damage})
     if damage:
         raise typer.Exit(1)
@@ -86,17 +86,21 @@ def prune(
 ) -> None:
     """Remove a run's old checkpoints, as checkpoint.keep_last and checkpoint.keep_every of the recipe do.
 
-    The newest stays, and so does what is being written: the run may go on meanwhile. Whether another recipe's
+    The newest stays, and so does what is being written: the run may go on meanwhile. Nothing is removed where one of
+    those that stay is damaged, as far as manifest and sizes of files tell. Whether another recipe's
     checkpoint.start_from names one of those to be removed, nobody can know.
 
     Example: megacode checkpoint prune runs/mine --keep-last 3 --keep-every 10000 --dry-run
     """
     from megacode.checkpoint import keep
+    from megacode.tools.convert import run_folder
 
     with json_output(json) as write:
+        run = run_folder(run)
         if not (run / "checkpoints").is_dir():
             raise UserError(f"{run} has no folder checkpoints; name a run folder")
         removed = keep.surplus(run, keep_last, keep_every)
+        _check_kept([folder for folder in keep.finished(run) if folder not in removed])
         freed = 0
         for folder in removed:
             num_bytes = _num_bytes(folder)
@@ -110,6 +114,26 @@ def prune(
         left = [folder for folder in keep.finished(run) if folder not in removed]
         print(f"{len(left)} kept, {len(removed)} {'to remove' if dry_run else 'removed'} ({size(freed)})")
         write({"removed": list(map(str, removed)), "kept": list(map(str, left)), "bytes": freed, "dry_run": dry_run})
+
+
+def _check_kept(folders: list[Path]) -> None:
+    """Refuse to remove others where one of these is damaged: what is removed may be the last good one.
+
+    Raises:
+        UserError: a manifest cannot be read, or a file is missing or has another size.
+    """
+    from megacode.checkpoint.reader import CheckpointReader
+
+    for folder in folders:
+        try:
+            damage = next(CheckpointReader(folder).damage(share=-1), None)  # of no file the checksum, which takes long
+        except UserError as error:
+            damage = str(error)
+        if damage is not None and folder.is_dir():  # else the run has removed it meanwhile
+            raise UserError(
+                f"nothing is removed, since {folder} would be kept and is damaged: {damage.split(';')[0]}; see what "
+                f"`megacode checkpoint verify {folder}` says, and remove that folder first"
+            )
 
 
 def _num_bytes(folder: Path) -> int:
@@ -131,13 +155,14 @@ def _facts(reader: "CheckpointReader") -> dict[str, Any]:
         "dtype": manifest.get("dtype", "fp32"),
         "optimizer": reader.optimizer,
         "layout": _layout(reader),
+        "source": manifest.get("source"),
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "files": manifest["files"],
     }
 
 
 def _layout(reader: "CheckpointReader") -> dict[str, int] | None:
-    """Of the run that wrote it; None where no run did."""
+    """Of the run that wrote it; None where no run did, or its recipe is missing."""
     from megacode.recipe import load
 
     path, processes = reader.folder / "recipe.yaml", reader.manifest.get("world_size")
@@ -153,7 +178,6 @@ def _layout(reader: "CheckpointReader") -> dict[str, int] | None:
 
 def _text(found: dict[str, Any]) -> list[str]:
     model, progress = found["model"], found["progress"]
-    layout = found["layout"]
     shape = f"{model['layers']} layers, hidden {model['hidden']}, {model['vocabulary']} words"
     shape += f", rope_theta {model['rope_theta']:g}"
     lines = {
@@ -162,7 +186,7 @@ def _text(found: dict[str, Any]) -> list[str]:
         "model": f"{model['preset'] or 'of its own'}: {found['num_parameters']:,} parameters; {shape}",
         "weights": f"{found['dtype']}, of a run in {found['precision']}" if found["optimizer"] else found["dtype"],
         "optimizer": found["optimizer"] or "none",
-        "written by": "no run" if layout is None else ", ".join(f"{key} {value}" for key, value in layout.items()),
+        "written by": _writer(found),
         "files": f"{len(found['files'])}, {size(found['bytes'])}",
     }
     text = [f"{key:12}{value}" for key, value in lines.items()]
@@ -173,6 +197,21 @@ def _text(found: dict[str, Any]) -> list[str]:
     if found["others"]:
         text.append(f"{'others':12}" + ", ".join(Path(folder).name for folder in found["others"]))
     return text
+
+
+def _writer(found: dict[str, Any]) -> str:
+    if found["source"] is not None:
+        return f"a conversion from {found['source']['format']}"
+    if found["layout"] is None:
+        return "unknown (recipe.yaml is missing)"
+    layout = dict(found["layout"])
+    processes = layout.pop("processes", None)
+    ranks = ", ".join(f"{key} {value}" for key, value in layout.items())
+    return f"a run: {ranks}" if processes is None else f"a run of {_count(processes, 'process', 'es')}: {ranks}"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{plural if number != 1 else ''}"
 
 
 def _shape(shape: list[int]) -> str:

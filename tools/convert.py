@@ -45,7 +45,7 @@ Text = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILE", help="Code to compare on, instead of a few snippets; repeatable."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an earlier conversion in DST.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier conversion in DST, if nothing else is there.")]
 
 
 @app.command("from-hf")
@@ -131,7 +131,8 @@ def _import(
     def compare(folder: Path, progress: "Progress") -> "Receipt":
         return importing_receipt.check_import(source, reference, folder, texts, progress)
 
-    _convert(write, compare, target, json_file)
+    lines = importing.recipe_lines(source.model, target)
+    _convert(write, compare, target, json_file, f"To train from it, these lines of a recipe:\n\n{lines}")
 
 
 @app.command("to-hf")
@@ -180,8 +181,9 @@ def _convert(
     compare: Callable[[Path, "Progress"], "Receipt"],
     target: Path,
     json_file: Path | None,
+    closing: str = "",
 ) -> None:
-    """Write, compare before the folder gets its name, and say what came out."""
+    """Write, compare before the folder gets its name, and say what came out and what to do with it."""
     from megacode.checkpoint.convert.receipt import ConversionError
 
     receipts: list[Receipt] = []
@@ -203,10 +205,17 @@ def _convert(
             raise typer.Exit(1) from None
         write_json(asdict(receipts[0]))
         _print(receipts[0], target, seconds)
+        typer.echo(closing, nl=False)
+
+
+def run_folder(path: Path) -> Path:
+    """The run folder that a path means: itself, or the one above where its folder of checkpoints is named."""
+    inside = (path / "checkpoints").is_dir() or (path / "manifest.json").exists()
+    return path if inside or path.absolute().name != "checkpoints" else path.absolute().parent
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of a run folder.
+    """The checkpoint that a path means: itself, or the newest of what `run_folder` gives.
 
     Raises:
         UserError: there is none.
@@ -215,11 +224,12 @@ def checkpoint_folder(path: Path) -> Path:
 
     if not path.is_dir():
         raise UserError(f"{path} is no folder; name a run folder or one of its checkpoints/step_*")
-    if not (path / "checkpoints").is_dir():
+    run = run_folder(path)
+    if not (run / "checkpoints").is_dir():
         return path
-    found = newest(path)
+    found = newest(run)
     if found is None:
-        raise UserError(f"{path} has no finished checkpoint yet; train until the first (checkpoint.every_steps)")
+        raise UserError(f"{run} has no finished checkpoint yet; train until the first (checkpoint.every_steps)")
     return found
 
 

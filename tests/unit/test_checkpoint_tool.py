@@ -34,11 +34,47 @@ def test_inspect_says_what_a_checkpoint_is(run):
     assert "2 layers, hidden 64" in lines["model"]
     assert lines["weights"] == "fp32, of a run in bf16"
     assert lines["optimizer"] == "adamw"
-    assert said.count("written by  processes 1, data 1, pipeline 1, virtual_stages 1, context 1, tensor 1, zero 1") == 1
+    ranks = "data 1, pipeline 1, virtual_stages 1, context 1, tensor 1, zero 1"
+    assert f"written by  a run of 1 process: {ranks}\n" in said
     assert lines["others"] == "step_00000009"
     assert "model.norm.weight  64  whole in 0" in said
     vocabulary = json.loads((newest(run) / "manifest.json").read_text())["model"]["vocabulary"]
     assert f"lm_head.weight  {vocabulary} x 64  " in said
+
+
+def rewrite(folder, edit):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    edit(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_inspect_says_who_wrote_it(tmp_path):
+    folder = step_folder(tmp_path, 1)
+    write_checkpoint(tmp_path, step=1)
+
+    def writer():
+        return next(
+            line.removeprefix("written by").strip()
+            for line in call("inspect", folder).stdout.splitlines()
+            if line.startswith("written by")
+        )
+
+    rewrite(folder, lambda manifest: manifest.update(world_size=4))
+    assert writer().startswith("a run of 4 processes: data 4, pipeline 1,")
+    rewrite(folder, lambda manifest: manifest.pop("world_size"))
+    assert writer().startswith("a run: pipeline 1,")
+    (folder / "recipe.yaml").unlink()
+    assert writer() == "unknown (recipe.yaml is missing)"
+    rewrite(folder, lambda manifest: manifest.update(source={"format": "Meta", "origins": {}}))
+    assert writer() == "a conversion from Meta"
+
+
+def test_verify_counts_one_file(tmp_path):
+    save_step(tmp_path, 1)
+    folder = step_folder(tmp_path, 1)
+    rewrite(folder, lambda manifest: manifest.update(optimizer=None))
+    rewrite(folder, lambda manifest: [manifest["files"].pop(n) for n in list(manifest["files"]) if "weights" not in n])
+    assert ": right: 1 file, " in call("verify", folder).stdout
 
 
 def test_inspect_as_json(run):
@@ -82,6 +118,54 @@ def test_the_newest_is_never_removed(tmp_path):
     assert call("prune", tmp_path, "--keep-last", 0).exit_code == 2
     assert call("prune", tmp_path, "--keep-last", 1).exit_code == 0
     assert len(finished(tmp_path)) == 1
+
+
+def test_the_folder_of_checkpoints_means_its_run(tmp_path):
+    for step in (1, 2, 3):
+        save_step(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    lines = call("inspect", folder).stdout.splitlines()
+    assert lines[0].split() == ["checkpoint", str(step_folder(tmp_path, 3))]
+    assert lines[-1].split() == ["others", "step_00000001,", "step_00000002"]
+    assert f"{step_folder(tmp_path, 3)}: right" in call("verify", folder).stdout
+    assert call("prune", folder, "--keep-last", 1).exit_code == 0
+    assert finished(tmp_path) == [step_folder(tmp_path, 3)]
+
+
+def cut(folder):
+    path = folder / "weights_00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (cut, "weights_00000.safetensors has not the size"),
+        (lambda folder: (folder / "optimizer_00000.safetensors").unlink(), "optimizer_00000.safetensors is missing"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file"),
+    ],
+)
+@pytest.mark.parametrize("damaged", [2, 4])
+def test_nothing_is_removed_while_a_kept_one_is_damaged(tmp_path, spoil, said, damaged):
+    for step in range(1, 5):
+        save_step(tmp_path, step)
+    spoil(step_folder(tmp_path, damaged))
+    for words in ((), ("--dry-run",)):
+        error = call("prune", tmp_path, "--keep-last", 1, "--keep-every", 2, *words).exception
+        assert isinstance(error, UserError)
+        assert said in str(error)
+        assert f"megacode checkpoint verify {step_folder(tmp_path, damaged)}`" in str(error)
+        assert "\n" not in str(error)
+    assert [step_of(folder) for folder in finished(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_damaged_one_that_is_to_be_removed_is(tmp_path):
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    cut(step_folder(tmp_path, 1))
+    assert call("prune", tmp_path, "--keep-last", 1).exit_code == 0
+    assert finished(tmp_path) == [step_folder(tmp_path, 2)]
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """`megacode convert to-hf` from a run on disk to a folder that transformers loads."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,11 +83,13 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
 
 def test_wrong_words(run, tmp_path):
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     for words, named in [
         ((tmp_path / "nowhere", tmp_path / "hf"), "no folder"),
         ((tmp_path, tmp_path / "hf"), "no finished checkpoint"),
-        ((tmp_path / "checkpoints", tmp_path / "hf"), "holds no checkpoint"),
+        ((tmp_path / "checkpoints", tmp_path / "hf"), "no finished checkpoint"),
+        ((tmp_path / "empty", tmp_path / "hf"), "holds no checkpoint"),
         ((run, tmp_path / "hf", "--text", tmp_path / "binary"), "not UTF-8"),
         ((run, tmp_path / "hf", "--text", tmp_path / "nothing"), "cannot read"),
     ]:
@@ -95,6 +99,14 @@ def test_wrong_words(run, tmp_path):
         assert "\n" not in str(refused)
 
 
-def test_which_checkpoint_a_path_means(run):
+def test_which_checkpoint_a_path_means(run, tmp_path, monkeypatch):
     assert checkpoint_folder(run) == step_folder(run, 10)
     assert checkpoint_folder(step_folder(run, 9)) == step_folder(run, 9)
+    assert checkpoint_folder(run / "checkpoints") == step_folder(run, 10)
+    weights, confusing = tmp_path / "weights" / "checkpoints", tmp_path / "run" / "checkpoints"
+    shutil.copytree(step_folder(run, 9), weights)
+    assert checkpoint_folder(weights) == weights
+    shutil.copytree(run / "checkpoints", confusing / "checkpoints")
+    assert checkpoint_folder(confusing) == step_folder(confusing, 10)
+    monkeypatch.chdir(run / "checkpoints")
+    assert checkpoint_folder(Path()) == step_folder(run, 10)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from support.conversions import base_tokenizer, shape, weights, write_hf
 from support.exports import train_tokenizer
@@ -22,9 +23,19 @@ from megacode.checkpoint.tensorfile import sha256
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.model.llama import Llama
+from megacode.recipe import load
 from megacode.tools.convert import app
 from megacode.train.start import open_weights
 
+REST = """
+run: unused
+precision: bf16
+data: {train: unused}
+batch: {global_samples: 1, micro_samples: 1, sequence_length: 16}
+optimizer: {learning_rate: 1e-4}
+schedule: {steps: 1, warmup_steps: 0}
+"""
+"""What a recipe has besides what a conversion prints."""
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -156,6 +167,25 @@ def test_a_run_starts_from_it(tmp_path, source, model):
         open_weights(other, tmp_path / "own")
 
 
+@pytest.mark.parametrize("fields", [{}, {"rope_theta": 10000.0, "max_positions": 4096, "norm_epsilon": 1e-6}])
+def test_the_printed_lines_of_a_recipe_are_the_whole_of_the_shape(tmp_path, tensors, tokenizer, fields):
+    model = shape(tokenizer, **fields)
+    own = tmp_path / "own: weights"
+    source = write_hf(tmp_path / "source", model, tensors, tokenizer, config={"initializer_range": model.init_std})
+    said = convert("from-hf", source, own).stdout
+    lines = "model: {" + said.partition("\nmodel: {")[2]
+    assert len(lines.splitlines()) == 3
+    sections = yaml.safe_load(lines)
+    assert sections["tokenizer"] == {"path": str(own / "tokenizer.model")}
+    assert sections["checkpoint"] == {"start_from": str(own)}
+    given = {"layers", "hidden", "heads", "kv_heads", "ffn", "vocabulary", "rope_theta", "max_positions", "init_std"}
+    assert set(sections["model"]) == given | ({"norm_epsilon"} if fields else set())
+    (tmp_path / "recipe.yaml").write_text(lines + REST)
+    config = load(tmp_path / "recipe.yaml")
+    assert config.model == CheckpointReader(own).model == model
+    assert open_weights(config, own).names
+
+
 @pytest.mark.parametrize("new_rows", ["mean", "normal"])
 def test_rows_for_infilling(tmp_path, tokenizer, new_rows):
     base = base_tokenizer(tokenizer, tmp_path / "base.model")
@@ -259,8 +289,11 @@ REFUSED = [
     (change("intermediate_size", 208), "has the shape [192, 64] instead of [208, 64]"),
     (respell(lambda tensors: tensors.pop(Q)), f"{Q} is missing"),
     (respell(lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)})), "q_proj.bias"),
-    (respell(lambda tensors: tensors.update({Q: tensors[Q].float()})), f"{Q} in model.safetensors is float32 instead"),
-    (respell(lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)})), "is I8 instead of bfloat16"),
+    (
+        respell(lambda tensors: tensors.update({Q: tensors[Q].float()})),
+        f"{Q} in model.safetensors is fp32 instead of bf16",
+    ),
+    (respell(lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)})), "is int8 instead of bf16"),
     (respell(lambda tensors: tensors.update({Q: tensors[Q][:-1].clone()})), "has the shape [63, 64] instead of"),
     (pad_the_rows, "has 624 rows of the vocabulary and"),
     (truncate, "cannot be read as safetensors"),
@@ -402,10 +435,40 @@ def test_disagreement_exits_with_1(tmp_path, source, monkeypatch):
     assert not (tmp_path / "own").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["model.norm.weight"], "model.norm.weight"),
+        (["model.layers.1.mlp.up_proj.weight", Q], f"{Q} (and 1 more)"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(tmp_path, source, names, said, value):
+    respell(lambda tensors: [tensors[name].view(-1)[3:4].fill_(value) for name in names])(source)
+    result = convert("from-hf", source, tmp_path / "own")
+    assert result.exit_code == 1
+    assert f"logits: they are no numbers: {said} holds NaN or infinity" in result.stderr
+    assert "nan" not in result.stderr
+
+
 def test_again_needs_force(tmp_path, source):
     convert("from-hf", source, tmp_path / "own")
     assert "--force" in str(convert("from-hf", source, tmp_path / "own").exception)
     assert convert("from-hf", source, tmp_path / "own", "--force").exit_code == 0
+
+
+def test_a_folder_is_no_tokenizer(tmp_path, source):
+    said = refusal("from-hf", source, tmp_path / "own", "--tokenizer", source)
+    assert said == f"{source} is a folder; name the model's SentencePiece file in it with --tokenizer"
+
+
+def test_a_source_is_never_replaced_by_what_it_is_converted_to(tmp_path, source):
+    assert convert("from-hf", source, tmp_path / "own").exit_code == 0
+    for direction in ("to-hf", "from-hf"):
+        folder = tmp_path / "own" if direction == "to-hf" else source
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert "is what is converted" in str(convert(direction, folder, folder, "--force").exception)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_full_disk_is_one_line(tmp_path, source, monkeypatch):
@@ -417,4 +480,4 @@ def test_a_full_disk_is_one_line(tmp_path, source, monkeypatch):
     monkeypatch.undo()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert "GiB free" in refusal("from-hf", source, tmp_path / "own")
+    assert "has 1000 B free" in refusal("from-hf", source, tmp_path / "own")

@@ -167,7 +167,10 @@ REFUSED = [
     (params(n_layers=3), "layers.2.attention_norm.weight is missing (and 8 more)"),
     (respell(1, lambda content: content.pop(Q)), f"{Q} is missing"),
     (respell(1, lambda content: content.update(more=torch.ones(1))), "more in consolidated.01.pth is not of the model"),
-    (respell(1, lambda content: content.update({Q: content[Q].half()})), f"{Q} in consolidated.01.pth is float16"),
+    (
+        respell(1, lambda content: content.update({Q: content[Q].half()})),
+        f"{Q} in consolidated.01.pth is fp16 instead of bf16",
+    ),
     (respell(0, lambda content: content.update({Q: content[Q][1:].clone()})), "has the shape [31, 64] instead"),
     (respell(1, lambda content: content["norm.weight"].add_(1)), "norm.weight differs among the consolidated files"),
 ]

@@ -1,8 +1,10 @@
 """The exported folder: what is in it, in what pieces, and when it may be written."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from megacode.checkpoint.convert import exporting
 from megacode.checkpoint.convert import folder as target
 from megacode.checkpoint.convert.weights import plan_files
-from megacode.checkpoint.reader import DTYPES
+from megacode.checkpoint.reader import DTYPES, CheckpointReader
 from megacode.errors import UserError
 from megacode.model.llama import num_parameters
 from megacode.recipe import ModelSection
@@ -27,7 +29,8 @@ def checkpoint(tmp_path_factory):
 
 def unchecked(folder):
     """In place of the receipt, which test_receipt.py is about: leaves the mark of an export."""
-    (folder / target.RECEIPT).write_text("{}")
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    (folder / target.RECEIPT).write_text(json.dumps({"sha256": dict.fromkeys(names, "")}))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -114,12 +117,12 @@ def test_only_an_earlier_export_is_replaced_and_only_with_force(checkpoint, tmp_
     hf = tmp_path / "hf"
     hf.mkdir()
     exporting.export(checkpoint, hf, "bf16", check=unchecked)  # an empty folder may be filled
-    (hf / "mark").touch()
+    (hf / "config.json").write_text("mark")
     with pytest.raises(UserError, match="--force"):
         exporting.export(checkpoint, hf, "bf16", check=unchecked)
-    assert (hf / "mark").exists()
+    assert (hf / "config.json").read_text() == "mark"
     exporting.export(checkpoint, hf, "bf16", check=unchecked, force=True)
-    assert not (hf / "mark").exists()
+    assert (hf / "config.json").read_text() != "mark"
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -131,6 +134,57 @@ def test_foreign_folders_and_files_are_kept(checkpoint, tmp_path):
         exporting.export(checkpoint, tmp_path / "folder", "bf16", check=unchecked, force=True)
     with pytest.raises(UserError, match="is a file"):
         exporting.export(checkpoint, tmp_path / "file", "bf16", check=unchecked, force=True)
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "inner/config.json", f"inner/{target.RECEIPT}"])
+def test_what_an_earlier_export_did_not_write_is_never_replaced(checkpoint, tmp_path, foreign):
+    hf = tmp_path / "hf"
+    exporting.export(checkpoint, hf, "bf16", check=unchecked)
+    (hf / foreign).parent.mkdir(exist_ok=True)
+    (hf / foreign).touch()
+    with pytest.raises(UserError, match=f"{foreign} is not of the conversion that --force would replace"):
+        exporting.export(checkpoint, hf, "bf16", check=unchecked, force=True)
+    assert (hf / foreign).exists()
+    assert not target.temporary_folder(hf).exists()
+
+
+def test_what_comes_into_it_meanwhile_stays(checkpoint, tmp_path):
+    hf = tmp_path / "hf"
+    exporting.export(checkpoint, hf, "bf16", check=unchecked)
+    with pytest.raises(UserError, match=r"notes\.txt is not of"):
+        exporting.export(checkpoint, hf, "bf16", check=lambda folder: (hf / "notes.txt").touch(), force=True)
+    assert (hf / "notes.txt").exists()
+
+
+def test_an_export_with_a_damaged_receipt_is_not_replaced(checkpoint, tmp_path):
+    exporting.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
+    for text in ("{", "[]", "{}", '{"sha256": 1}'):
+        (tmp_path / "hf" / target.RECEIPT).write_text(text)
+        with pytest.raises(UserError, match=f"{target.RECEIPT} is damaged"):
+            exporting.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked, force=True)
+
+
+def test_source_and_target_lie_apart(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(checkpoint.folder, target_is_directory=True)
+    files = sorted(checkpoint.folder.iterdir())
+    monkeypatch.chdir(checkpoint.folder)
+    for folder, said in [
+        (checkpoint.folder, "is what is converted"),
+        (tmp_path / "link", "is what is converted"),
+        (Path("hf"), "lies in"),
+        (checkpoint.folder.parent, "lies in"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            exporting.export(checkpoint, folder, "bf16", check=unchecked, force=True)
+    assert sorted(checkpoint.folder.iterdir()) == files
+
+
+def test_what_disagreed_is_not_lost_by_converting_it(checkpoint, tmp_path):
+    """A conversion that disagreed keeps its temporary name, which the next of that target begins by removing."""
+    left = Path(shutil.copytree(checkpoint.folder, target.temporary_folder(tmp_path / "hf")))
+    with pytest.raises(UserError, match="is what is converted"):
+        exporting.export(CheckpointReader(left), tmp_path / "hf", "bf16", check=unchecked)
+    assert (left / "manifest.json").exists()
 
 
 def test_a_failed_check_gives_no_folder(checkpoint, tmp_path):
@@ -149,18 +203,29 @@ def test_a_failed_check_gives_no_folder(checkpoint, tmp_path):
 
 def test_a_failed_check_keeps_the_earlier_export(checkpoint, tmp_path):
     exporting.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
-    (tmp_path / "hf" / "mark").touch()
+    (tmp_path / "hf" / "config.json").write_text("mark")
     with pytest.raises(ZeroDivisionError):
         exporting.export(checkpoint, tmp_path / "hf", "bf16", check=lambda folder: 1 // 0, force=True)
-    assert (tmp_path / "hf" / "mark").exists()
+    assert (tmp_path / "hf" / "config.json").read_text() == "mark"
 
 
 def test_a_small_disk_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
     usage = target.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(target.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match="GiB free"):
+    with pytest.raises(UserError, match=r" has 1000 B free and the conversion takes \d+\.\d KiB; make room"):
         exporting.export(checkpoint, tmp_path / "new" / "hf", "bf16", check=unchecked)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_file_system_that_does_not_say_its_size(checkpoint, tmp_path, monkeypatch):
+    """As /proc, which has no place for a folder, and some of the network, which have."""
+    with pytest.raises(UserError, match=r"^/proc/hf cannot be written \(No such file or directory\)"):
+        exporting.export(checkpoint, Path("/proc/hf"), "bf16", check=unchecked)
+    usage = target.shutil.disk_usage("/proc")
+    assert usage.total == 0
+    monkeypatch.setattr(target.shutil, "disk_usage", lambda path: usage)
+    exporting.export(checkpoint, tmp_path / "hf", "bf16", check=unchecked)
+    assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
 def test_an_error_while_checking_is_itself_and_keeps_what_was_written(checkpoint, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from megacode.checkpoint.convert.library import files_by_name, read_by_library
-from megacode.checkpoint.convert.stored import open_stored
+from megacode.checkpoint.convert.stored import check_tensors, open_stored
 from megacode.errors import UserError
 
 
@@ -47,3 +47,18 @@ def test_a_compressed_archive_is_named(tmp_path):
 def test_a_file_that_vanished_is_one_line(tmp_path, name):
     with pytest.raises(UserError, match=f"{name} cannot be read"):
         read_by_library(tmp_path / name, "a")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float64, "fp64"), (torch.int8, "int8"), (torch.uint8, "uint8"), (torch.bool, "bool")]
+)
+def test_a_type_has_one_name_in_all_formats(tmp_path, suffix, dtype, name):
+    path = tmp_path / f"file.{suffix}"
+    for first, wanted in ((torch.bfloat16, "bf16"), (dtype, "bf16, fp16 or fp32")):
+        tensors = {"a": torch.ones(2, dtype=first), "b": torch.ones(2, dtype=dtype)}
+        torch.save(tensors, path) if suffix == "pth" else save_file(tensors, path)
+        file = open_stored(path)
+        found = {each: (path, file.shapes[each], file.dtypes[each]) for each in tensors}
+        with pytest.raises(UserError, match=f"in file.{suffix} is {name} instead of {wanted}[:( ]"):
+            check_tensors(found, file.shapes)

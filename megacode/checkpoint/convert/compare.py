@@ -1,5 +1,6 @@
 """Two forwards side by side: logits of fixed prompts, and what rotary positions do far apart."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -56,7 +57,7 @@ def compare(
     model: ModelSection,
     tokens: Tensor,
     rows: int,
-    look: Callable[[str], None],
+    look: Callable[[str], bool],
     progress: Progress,
 ) -> list[Check]:
     """The checks "logits" and "rotary" of two forwards, layer by layer together.
@@ -67,28 +68,29 @@ def compare(
         tokens: ids [windows, sequence].
         rows: logits of so many rows are compared.
         look: called with every parameter's name, a layer's before it is computed: whoever reads them all leaves them in
-            the page cache, and the disk reads each once.
+            the page cache, and the disk reads each once. Returns whether it is `finite`.
         progress: called with steps done and steps to do.
     """
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     probe, probed_positions = _probe(model)
     names = list(shapes_of(model))
-    for name in names:
-        if ".layers." not in name:
-            look(name)
+    spoiled = [name for name in names if ".layers." not in name and not look(name)]
     states = [side.embed(tokens) for side in (ours, theirs)]
     differences = []
     for layer in range(model.layers):
-        for name in names:
-            if name.startswith(f"model.layers.{layer}."):
-                look(name)
+        spoiled += [name for name in names if name.startswith(f"model.layers.{layer}.") and not look(name)]
         a, b = (_scores(*side.rotated(layer, probe, probed_positions)) for side in (ours, theirs))
         differences.append(((a - b).abs().max() / a.abs().max()).item())
         states = [side.block(layer, x, positions) for side, x in zip((ours, theirs), states, strict=True)]
         progress(layer + 1, model.layers + 1)
     a, b = (side.logits(x)[..., :rows] for side, x in zip((ours, theirs), states, strict=True))
     progress(model.layers + 1, model.layers + 1)
-    return [_logits(a, b), _rotary(differences)]
+    return [_logits(a, b, spoiled), _rotary(differences)]
+
+
+def finite(weights: Tensor) -> bool:
+    """Whether there is neither NaN nor an infinite value; takes no memory of the tensor's size."""
+    return all(bool(end.isfinite()) for end in weights.aminmax())  # which keep a NaN
 
 
 def _probe(model: ModelSection) -> tuple[Tensor, Tensor]:
@@ -105,7 +107,7 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("bqhd,bkhd->bhqk", q, k)
 
 
-def _logits(ours: Tensor, theirs: Tensor) -> Check:
+def _logits(ours: Tensor, theirs: Tensor, spoiled: list[str]) -> Check:
     difference, magnitude = (ours - theirs).abs().max().item(), ours.abs().max().item()  # torch's max keeps a NaN
     tolerance = LOGIT_TOLERANCE * max(1.0, magnitude)
     figures = {
@@ -114,8 +116,13 @@ def _logits(ours: Tensor, theirs: Tensor) -> Check:
         "largest_logit": magnitude,
         "num_tokens": ours.shape[0] * ours.shape[1],
     }
-    agrees = difference <= tolerance
-    return Check("logits", [] if agrees else [f"they differ by {difference:.3g}, more than {tolerance:.3g}"], figures)
+    if difference <= tolerance:
+        return Check("logits", [], figures)
+    found = f"they differ by {difference:.3g}, more than {tolerance:.3g}"
+    if math.isnan(difference):
+        more = f" (and {len(spoiled) - 1} more)" if len(spoiled) > 1 else ""
+        found = f"they are no numbers: {spoiled[0]}{more} holds NaN or infinity" if spoiled else "they are no numbers"
+    return Check("logits", [found], figures)
 
 
 def _rotary(differences: list[float]) -> Check:

@@ -57,7 +57,7 @@ def export(
         progress: called with bytes written and bytes to write.
 
     Raises:
-        UserError: the target is taken, or the disk too small or not writable.
+        UserError: the target is taken, or lies in the source or around it, or the disk too small or not writable.
     """
     shapes = {name: checkpoint.shape(name) for name in checkpoint.names}
     needed_bytes = num_bytes(shapes, DTYPES[dtype])
@@ -65,7 +65,9 @@ def export(
     def read(name: str) -> Tensor:
         return checkpoint.read_stored(name).to(DTYPES[dtype])
 
-    with written_beside(folder, force=force, needed_bytes=needed_bytes, check=check) as written:
+    with written_beside(
+        folder, source=checkpoint.folder, force=force, needed_bytes=needed_bytes, check=check
+    ) as written:
         files = write_weights(
             written, shapes, DTYPES[dtype], read, _file_name, max_file_bytes=max_file_bytes, progress=progress
         )

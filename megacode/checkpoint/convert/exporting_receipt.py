@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megacode.checkpoint.convert.compare import SEED, compare, windows
+from megacode.checkpoint.convert.compare import SEED, compare, finite, windows
 from megacode.checkpoint.convert.exporting import config_of, special_ids
 from megacode.checkpoint.convert.forward import MegacodeForward
 from megacode.checkpoint.convert.grown import ROW_TENSORS
@@ -65,8 +65,9 @@ def check_export(
         layout.disagreements.extend(theirs.differences())
         values = Check("values", [])
 
-        def look(name: str) -> None:
-            tensors[name] = _look(checkpoint, files[name], name, DTYPES[dtype], values)
+        def look(name: str) -> bool:
+            tensors[name], is_finite = _look(checkpoint, files[name], name, DTYPES[dtype], values)
+            return is_finite
 
         tokens = windows(checkpoint.model, tokenizer, texts, tokenizer.vocabulary)
         ours = MegacodeForward(checkpoint, DTYPES[dtype])
@@ -92,8 +93,13 @@ def _check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> Ch
     return Check("tokenizer", differences, {"texts": len(texts), "fuzzed_texts": NUM_FUZZED, "kinds": list(FUZZ)})
 
 
-def _look(checkpoint: CheckpointReader, file: SafetensorsFile, name: str, dtype: torch.dtype, values: Check) -> Hashes:
-    """Compare a parameter: every byte where the type stayed, else every value."""
+def _look(
+    checkpoint: CheckpointReader, file: SafetensorsFile, name: str, dtype: torch.dtype, values: Check
+) -> tuple[Hashes, bool]:
+    """Compare a parameter: every byte where the type stayed, else every value.
+
+    Also whether what is written is finite.
+    """
     stored, written = checkpoint.read_stored(name), file.read(name)
     hashes = Hashes([sha256(stored)], sha256(written))
     if stored.dtype == written.dtype == dtype:
@@ -106,4 +112,4 @@ def _look(checkpoint: CheckpointReader, file: SafetensorsFile, name: str, dtype:
         values.disagreements.append(
             f"{name} holds values that are too large for {dtype_name(dtype)}; use another --dtype"
         )
-    return hashes
+    return hashes, finite(written)

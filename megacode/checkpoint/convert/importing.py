@@ -1,6 +1,7 @@
 """From a checkpoint of somebody else to one of megacode: a folder that `checkpoint.start_from` takes."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from megacode.checkpoint.convert.folder import CARRIED, written_beside
@@ -20,6 +22,7 @@ from megacode.checkpoint.reader import FORMAT, Progress
 from megacode.data import durable
 from megacode.data.tokenizer import Tokenizer, with_infilling
 from megacode.errors import UserError
+from megacode.recipe import ModelSection
 
 
 def with_tokenizer(source: Source, tokenizer: Path | None, new_rows: NewRows | None) -> tuple[Source, bytes]:
@@ -34,6 +37,8 @@ def with_tokenizer(source: Source, tokenizer: Path | None, new_rows: NewRows | N
         UserError: the tokenizer is missing, or has other rows than the source; or infilling pieces are there already.
     """
     path = tokenizer or source.folder / "tokenizer.model"
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the model's SentencePiece file in it with --tokenizer")
     if not path.is_file():
         raise UserError(f"{path} is missing; name the model's SentencePiece file with --tokenizer")
     rows, pieces = source.model.vocabulary, Tokenizer(path)
@@ -72,7 +77,8 @@ def convert(
         progress: called with bytes written and bytes to write.
 
     Raises:
-        UserError: the target is taken, the disk too small or not writable, or a file of the source damaged.
+        UserError: the target is taken, or lies in the source or around it, the disk too small or not writable, or
+            a file of the source damaged.
     """
     shapes = shapes_of(source.model)
 
@@ -80,7 +86,7 @@ def convert(
         return source.join(name, source.pieces(name))
 
     needed_bytes = num_bytes(shapes, source.dtype)
-    with written_beside(folder, force=force, needed_bytes=needed_bytes, check=check) as written:
+    with written_beside(folder, source=source.folder, force=force, needed_bytes=needed_bytes, check=check) as written:
         files = write_weights(
             written, shapes, source.dtype, read, _file_name, max_file_bytes=max_file_bytes, progress=progress
         )
@@ -91,6 +97,28 @@ def convert(
         text = json.dumps(_manifest(source, shapes, files), indent=1)
         (written / "manifest.json").write_text(text, encoding="utf-8")
         durable.sync(*(written / CARRIED).iterdir(), written / CARRIED)
+
+
+def recipe_lines(model: ModelSection, folder: Path) -> str:
+    """The sections of a recipe, in YAML, that start a training from converted weights.
+
+    The rotary base and the context are there even where the recipe's defaults are the same: a training with another
+    base starts as well, since a new stage may have one.
+
+    Args:
+        model: the shape that was converted, with its rows.
+        folder: where it stands.
+    """
+    always = {"rope_theta", "max_positions"}
+    fields = type(model).model_fields
+    values = model.model_dump(mode="json")
+    shape = {key: value for key, value in values.items() if key in always or value != fields[key].default}
+    sections = {
+        "model": shape,
+        "tokenizer": {"path": str(folder / "tokenizer.model")},
+        "checkpoint": {"start_from": str(folder)},
+    }
+    return yaml.safe_dump(sections, default_flow_style=None, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def _file_name(number: int, total: int) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from megacode.checkpoint.convert.compare import compare, windows
+from megacode.checkpoint.convert.compare import compare, finite, windows
 from megacode.checkpoint.convert.forward import Forward, MegacodeForward
 from megacode.checkpoint.convert.grown import ROW_TENSORS, Grown
 from megacode.checkpoint.convert.hf_source import tokenizer_rows
@@ -50,8 +50,9 @@ def check_import(
     if not layout.disagreements:
         values = Check("values", [])
 
-        def look(name: str) -> None:
-            tensors[name] = _look(source, checkpoint, name, values)
+        def look(name: str) -> bool:
+            tensors[name], is_finite = _look(source, checkpoint, name, values)
+            return is_finite
 
         old_rows = source.old_rows if isinstance(source, Grown) else tokenizer.vocabulary
         tokens = windows(checkpoint.model, tokenizer, texts, old_rows)
@@ -78,7 +79,7 @@ def _check_config(source: Source, checkpoint: CheckpointReader) -> Check:
         f"{key} is {written[key]} and should be {wanted[key]}" for key in wanted if written[key] != wanted[key]
     ]
     if checkpoint.dtype != source.dtype:
-        differences.append(f"dtype is {checkpoint.dtype} and should be {source.dtype}")
+        differences.append(f"dtype is {dtype_name(checkpoint.dtype)} and should be {dtype_name(source.dtype)}")
     return Check("config", differences, {key: wanted[key] for key in ("rope_theta", "max_positions", "norm_epsilon")})
 
 
@@ -104,8 +105,10 @@ def _other_rows(names: dict[int, str], tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-def _look(source: Source, checkpoint: CheckpointReader, name: str, values: Check) -> Hashes:
+def _look(source: Source, checkpoint: CheckpointReader, name: str, values: Check) -> tuple[Hashes, bool]:
     """Compare a parameter: what is written, arranged and cut as in the source, has the hashes of its tensors.
+
+    Also whether what is written is finite.
 
     These are read by their format's library, since what the conversion reads wrongly it would read so again.
     """
@@ -118,4 +121,4 @@ def _look(source: Source, checkpoint: CheckpointReader, name: str, values: Check
         values.disagreements.append(f"{name} holds other values")
     elif isinstance(source, Grown) and name in ROW_TENSORS and not torch.equal(source.join(name, pieces), written):
         values.disagreements.append(f"the new rows of {name} are others")
-    return hashes
+    return hashes, finite(written)

@@ -4,6 +4,7 @@ Of a file, memory holds the tensors that are in use and no more.
 """
 
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -157,7 +158,7 @@ def check_tensors(found: Found, expected: dict[str, tuple[int, ...]]) -> torch.d
     """
     both = {name: found[name] for name in expected if name in found}
     known = next((dtype for _, _, dtype in both.values() if dtype in DTYPES.values()), None)
-    wanted = _type(known or "bf16, fp16 or fp32")
+    wanted = _type(known) if known else "bf16, fp16 or fp32"
     problems = [
         *_first(f"{name} is missing" for name in expected if name not in found),
         *_first(f"{name} in {found[name][0].name} is not of the model" for name in found if name not in expected),
@@ -186,4 +187,9 @@ def _first(all_problems: Iterable[str]) -> list[str]:
 
 
 def _type(dtype: torch.dtype | str) -> str:
-    return str(dtype).removeprefix("torch.")
+    """One name of a type, whatever the format calls it: fp64 for torch.float64 and for F64 of safetensors."""
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype_name(dtype)
+    kinds = {"float": "fp", "f": "fp", "i": "int", "u": "uint"}
+    name = str(dtype).removeprefix("torch.").lower()
+    return re.sub(r"^(float|f|i|u)(?=\d)", lambda found: kinds[found[1]], name)
