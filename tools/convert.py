@@ -271,6 +271,6 @@ def _print(receipt: "Receipt", target: Path, seconds: dict[str, float]) -> None:
         typer.echo(f"{check.name:10} agrees  {figures}".rstrip())
     for key, origin in receipt.origins.items():
         typer.echo(f"{key:14} {origin}")
-    typer.echo(", ".join(f"{what} {value:.1f} s" for what, value in seconds.items()))
+    typer.echo(", ".join(f"{what} {value:.3f} s" for what, value in seconds.items()))
     what = f"step {receipt.step}" if receipt.direction == "to-hf" else receipt.direction
     typer.echo(f"{what} in {receipt.dtype} stands in {target}")

@@ -11,7 +11,7 @@ from support.submitting import Submitter, ending, write_small_recipe
 
 from megacode.submit.restarts import begin, newest_step
 
-STEPS = 40
+STEPS = 100
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,8 @@ def test_a_run_that_much_interrupts_is_the_same_bit_for_bit(submit, straight):
     with ending(submit(submit.recipe.parent / "interrupted", "--partition", "low", "--time", "10")) as job:
         second = submit.start(job.run)
         assert second.returncode == 2
-        assert f"error: run: the job {job.number} of {job.run} is running still" in second.stderr
+        states = (f"error: run: the job {job.number} of {job.run} is {state} still" for state in ("pending", "running"))
+        assert any(state in second.stderr for state in states)
         job.wait_for_step(2)
         job.signal_batch()
 
@@ -72,7 +73,8 @@ def test_a_run_that_much_interrupts_is_the_same_bit_for_bit(submit, straight):
         cluster.run("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
         os.kill(lost, signal.SIGKILL)
         assert job.step() >= begin["step"] + 2
-        cluster.run("scontrol", "update", "NodeName=n2", "State=resume")
+        # Refused where the node has come back by itself: its daemon lives.
+        cluster.run("scontrol", "update", "NodeName=n2", "State=resume", check=False)
 
         job.wait_for_start(2)
         assert job.starts("begin")[2]["step"] == begin["step"], "steps beyond the last save are done again"

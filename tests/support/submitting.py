@@ -16,7 +16,7 @@ import yaml
 from support.launching import ROOT, write_recipe
 from support.slurm import SlurmCluster
 
-WAIT_SECONDS = 240  # the machine may be busy
+WAIT_SECONDS = 480  # the machine may be busy
 
 
 def write_small_recipe(folder: Path, steps: int) -> Path:
