@@ -117,6 +117,21 @@ def test_a_request_reaches_ranks_and_a_busy_controller_ends_nothing(start, launc
     assert [len(script.read(name)) for name in ("queued", "state", "requeue")] == [2, 2, 2], "each failed once"
 
 
+def test_ranks_may_be_asked_before_the_script_is(start):
+    """As in a preemption: it is SLURM that asks, so the job starts again."""
+    script = start("srun")
+    (script.folder / "sleep").write_text(f'#!/bin/bash\necho >"{script.folder}/slept"\nexec /bin/sleep "$@"\n')
+    os.kill(int(script.read("task")), signal.SIGUSR1)
+    stop = time.monotonic() + SECONDS
+    while not (script.folder / "slept").exists():
+        assert time.monotonic() < stop
+        time.sleep(0.02)
+    script.process.send_signal(signal.SIGUSR1)
+    assert script.wait() == 0
+    assert script.read("got") == "SIGUSR1"
+    assert "--state RUNNING --asked recipe.yaml" in script.read("end")
+
+
 def test_sigterm_goes_to_ranks_not_to_the_launcher(start):
     script = start("deepspeed")
     os.kill(int(script.read("task")), signal.SIGTERM)
