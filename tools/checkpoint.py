@@ -126,7 +126,7 @@ def _check_kept(folders: list[Path]) -> None:
 
     for folder in folders:
         try:
-            damage = next(CheckpointReader(folder).damage(share=-1), None)  # of no file the checksum, which takes long
+            damage = next(CheckpointReader(folder).damage(share=None), None)
         except UserError as error:
             damage = str(error)
         if damage is not None and folder.is_dir():  # else the run has removed it meanwhile

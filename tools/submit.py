@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import shlex
-import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +12,10 @@ import typer
 from megacode import recipe as recipes
 from megacode.data.source import Source, find_shards
 from megacode.data.stream import check
-from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.plan.hardware import HARDWARE
 from megacode.plan.layout import Layout, fit
 from megacode.plan.memory import recipe_job, worst_stage
-from megacode.plan.model import num_parameters
 from megacode.plan.search import Choice, apply, search
 from megacode.plan.units import GIB, size
 from megacode.recipe import Recipe
@@ -26,9 +23,6 @@ from megacode.submit import job as jobs
 from megacode.submit.job import Request
 from megacode.submit.restarts import newest_step
 from megacode.tools.plan import RESERVED_GIB, Device
-
-CHECKPOINT_BYTES = 12
-"""Of a parameter: fp32 weight and both of Adam's moments."""
 
 
 class Launcher(StrEnum):
@@ -91,7 +85,6 @@ def submit(
     changed = _differences(config, changes)
     config, planned = apply(config, changes), apply(planned, changes)
     layout = fit(planned, nodes * tasks)
-    _check_disk(planned)
     if not dry_run:
         jobs.check_commands()
         jobs.check_free(run)
@@ -117,30 +110,27 @@ def submit(
 
 def _open(config: Recipe) -> Recipe:
     """Open tokenizer and shards, and give the recipe the tokenizer's vocabulary."""
-    tokenizer = Tokenizer(config.tokenizer.path)
-    if config.model.vocabulary not in (None, tokenizer.vocabulary):
-        raise UserError(
-            f"model.vocabulary is {config.model.vocabulary} and the tokenizer {config.tokenizer.path} has "
-            f"{tokenizer.vocabulary} rows; set model.vocabulary=null to take the tokenizer's, or name the other one"
-        )
+    from megacode.checkpoint.origin import open_tokenizer
+
+    tokenizer, planned = open_tokenizer(config)
     train = config.data.train
     sources = {"train": [train]} if isinstance(train, str) else {source.name: source.shards for source in train}
     if config.data.valid is not None:
         sources["valid"] = [config.data.valid]
     for name, patterns in sources.items():
         Source(name, find_shards(patterns), check=lambda shards: check(shards, tokenizer))
-    planned = apply(config, {"model": {"vocabulary": tokenizer.vocabulary}})
     _check_checkpoint(planned)
     return planned
 
 
 def _check_checkpoint(planned: Recipe) -> None:
     """Refuse what the run would refuse at its start: another model or seed than its newest checkpoint has, no step that
-    is left, weights to start from that are none of this model.
+    is left, weights to start from that are none of this model, or too little room for a checkpoint.
     """
     from megacode.checkpoint.keep import newest
-    from megacode.checkpoint.origin import open_weights
+    from megacode.checkpoint.origin import check_disk, open_weights
 
+    check_disk(planned)
     if (found := newest(Path(planned.run))) is not None:
         reader = open_weights(planned, found)
         if reader.progress.seed != planned.seed:
@@ -202,16 +192,6 @@ def _dump(config: Recipe) -> dict[str, Any]:
 
 def _word(value: Any) -> str:
     return "left out" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _check_disk(planned: Recipe) -> None:
-    """Refuse a run whose next checkpoint would not fit on the run folder's disk."""
-    folder = Path(planned.run).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    needed, free = CHECKPOINT_BYTES * num_parameters(planned.model), shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"run: a checkpoint takes {size(needed)} and {folder} has {size(free)} free; make room")
 
 
 def _say_layout(layout: Layout, nodes: int, tasks: int, step: int) -> None:

@@ -195,12 +195,12 @@ class CheckpointReader:
             raise UserError(f"{problem}; {_MEND}")
 
     def damage(
-        self, share: int = 0, shares: int = 1, advance: Callable[[int], None] = lambda count: None
+        self, share: int | None = 0, shares: int = 1, advance: Callable[[int], None] = lambda count: None
     ) -> Iterator[str]:
         """What is wrong with the files, one after the other; of every `shares`-th file the checksum too.
 
         Args:
-            share, shares: which files are hashed here.
+            share, shares: which files are hashed here; None: none, which is quick.
             advance: told of bytes that have been hashed.
         """
         files: dict[str, Any] = self.manifest["files"]

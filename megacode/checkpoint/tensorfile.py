@@ -10,9 +10,9 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class TensorFile:
         self._declared = dict(tensors)
         self._left = iter(self._declared)
         self._hash = hashlib.sha256()
-        self._file: BinaryIO = path.open("xb", buffering=0)
+        self._file: FileIO = path.open("xb", buffering=0)
         try:
             self._write(memoryview(_header(self._declared, {"format": "pt", **(metadata or {})})))
         except BaseException:
@@ -111,7 +111,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
         return read_at(file, 8 + length + entry["data_offsets"][0], dtype, entry["shape"])
 
 
-def read_at(file: BinaryIO, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+def read_at(file: FileIO, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     """The contiguous tensor whose bytes begin at `offset` of a file that is open unbuffered.
 
     Read and not mapped: the page faults of a mapping cost more than the copy, and its pages count as memory.
@@ -120,7 +120,7 @@ def read_at(file: BinaryIO, offset: int, dtype: torch.dtype, shape: Sequence[int
     left = bytes_of(tensor)
     file.seek(offset)
     while len(left):
-        count = file.readinto(left)  # type: ignore[attr-defined]
+        count = file.readinto(left)
         if not count:
             raise OSError(f"{len(left)} bytes of a tensor are missing at the end")
         left = left[count:]

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megacode.checkpoint.origin import open_weights
+from megacode.checkpoint.origin import open_tokenizer, open_weights
 from megacode.checkpoint.reader import global_order
 from megacode.data.tokenizer import Tokenizer
 from megacode.doctor.machine import training_device
@@ -85,7 +85,7 @@ def prepare(recipe: Recipe, texts: Sequence[str], factor: float) -> tuple[Recipe
         UserError: a layout is refused, data or first weights are not there, or one process can't hold the model; names
             the layout, the key or the file.
     """
-    tokenizer, recipe = start.open_tokenizer(recipe)
+    tokenizer, recipe = open_tokenizer(recipe)
     rate = PEAK_SHARE * recipe.optimizer.learning_rate
     optimizer = recipe.optimizer.model_copy(update={"learning_rate": rate})
     recipe, found = cases(recipe.model_copy(update={"optimizer": optimizer}), texts, factor)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megacode import recipe
 from megacode.checkpoint import keep
+from megacode.checkpoint.origin import check_disk, open_tokenizer
 from megacode.data.stream import ORDER, TrainStream, ValidationStream
 from megacode.data.tokenizer import Tokenizer
 from megacode.engine.zero import ZeroEngine, check_config, check_version, start_deepspeed
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> int:
         check_profile(config, layout.world_size)
         streams = start.open_streams(config, tokenizer)
         start.check_run_folder(config, streams[0])
-        start.check_disk(config)
+        check_disk(config)
         _make_run_folder(Path(config.run), place)
         run.begun = place.rank == 0
     except UserError as error:
@@ -362,7 +363,7 @@ def _load(options: argparse.Namespace) -> tuple[Tokenizer, Recipe]:
     config = recipe.load(options.recipe, options.overrides)
     if options.deepspeed_config:
         config = config.model_copy(update={"deepspeed_config": options.deepspeed_config})
-    return start.open_tokenizer(config)
+    return open_tokenizer(config)
 
 
 def describe_sources(recipe: Recipe, stream: TrainStream) -> dict[str, dict[str, Any]]:

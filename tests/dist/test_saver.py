@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import savers
+from support.disks import small_disk
 from support.launching import ENVIRONMENT, ROOT, metrics, status, write_recipe
 from support.saving import assert_whole
 from support.training import recipe as nano
@@ -16,7 +17,7 @@ from support.training import snapshots
 from megacode.checkpoint.keep import finished, newest, step_of
 from megacode.checkpoint.reader import CheckpointReader
 from megacode.recipe import load
-from megacode.train.start import checkpoint_bytes, open_tokenizer
+from megacode.checkpoint.origin import checkpoint_bytes, open_tokenizer
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(worlds, tmp_path):
@@ -127,15 +128,8 @@ def test_a_run_keeps_what_it_should_and_its_losses(recipe):
 def disk(recipe, tmp_path):
     """A folder on a disk of its own, with room for a checkpoint and most of another."""
     _, config = open_tokenizer(load(recipe))
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    size = 17 * checkpoint_bytes(config) // 10 // 1024
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], capture_output=True, check=False)  # a test may have done so
+    with small_disk(tmp_path / "disk", 17 * checkpoint_bytes(config) // 10) as folder:
+        yield folder
 
 
 def told(code: int, output: str) -> str:

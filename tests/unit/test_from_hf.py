@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from megacode.checkpoint.convert import compare, exporting_receipt, folder, importing_receipt
 from megacode.checkpoint.convert.folder import RECEIPT, temporary_folder
 from megacode.checkpoint.convert.grown import ROW_TENSORS
+from megacode.checkpoint.origin import open_weights
 from megacode.checkpoint.reader import DTYPES, CheckpointReader
 from megacode.checkpoint.tensorfile import sha256
 from megacode.data.tokenizer import Tokenizer
@@ -25,7 +26,6 @@ from megacode.errors import UserError
 from megacode.model.llama import Llama
 from megacode.recipe import load
 from megacode.tools.convert import app
-from megacode.train.start import open_weights
 
 REST = """
 run: unused

@@ -7,6 +7,7 @@ import pytest
 from support.exports import write_checkpoint
 from support.training import recipe
 
+from megacode.checkpoint import origin
 from megacode.checkpoint.reader import CheckpointReader, Progress
 from megacode.errors import UserError
 from megacode.train import start
@@ -160,15 +161,15 @@ def test_what_a_killed_run_left_is_room_for_the_next_checkpoint(tmp_path, monkey
     """It is removed before that is written, but after this is asked."""
     (tmp_path / "tokenizer.model").write_bytes(b"any")
     config = recipe(run=str(tmp_path / "run"), tokenizer={"path": str(tmp_path / "tokenizer.model")})
-    needed = start.checkpoint_bytes(config)
-    monkeypatch.setattr(start.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed // 2))
+    needed = origin.checkpoint_bytes(config)
+    monkeypatch.setattr(origin.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed // 2))
     with pytest.raises(UserError, match="make room, or name a `run` folder on another disk"):
-        start.check_disk(config)
+        origin.check_disk(config)
     for name in ("step_00000002.partial", ".step_00000001.removed"):
         left = tmp_path / "run/checkpoints" / name
         left.mkdir(parents=True)
         (left / "weights_00000.safetensors").write_bytes(b"0" * (needed // 3))
-    start.check_disk(config)
+    origin.check_disk(config)
     (left / "weights_00000.safetensors").unlink()
     with pytest.raises(UserError, match="make room"):
-        start.check_disk(config)
+        origin.check_disk(config)

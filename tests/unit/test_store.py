@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.disks import small_disk
 from support.saving import ALONE, NUM_BYTES, PARTS, assert_whole, config, fill, save_step
 
 from megacode.checkpoint import keep
@@ -25,14 +26,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def disk(tmp_path):
     """A folder on a disk of its own, with room for a checkpoint and a half."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={3 * NUM_BYTES // 2 // 1024}k", "tmpfs", folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], capture_output=True, check=False)  # a test may have done so
+    with small_disk(tmp_path / "disk", 3 * NUM_BYTES // 2) as folder:
+        yield folder
 
 
 def names(run):
@@ -233,6 +228,13 @@ def test_reading_runs_no_pickle(tmp_path, monkeypatch):
         monkeypatch.setattr(pickle, name, refuse)
     monkeypatch.setattr(torch, "load", refuse)
     assert_whole(newest(tmp_path))
-    for name in ("checkpoint/reader", "checkpoint/store", "checkpoint/keep", "checkpoint/tensorfile", "train/start"):
+    for name in (
+        "checkpoint/reader",
+        "checkpoint/store",
+        "checkpoint/keep",
+        "checkpoint/origin",
+        "checkpoint/tensorfile",
+        "train/start",
+    ):
         text = (ROOT / f"megacode/{name}.py").read_text()
         assert not [word for word in ("import pickle", "torch.load") if word in text]
