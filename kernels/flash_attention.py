@@ -42,27 +42,33 @@ class Tiles(NamedTuple):
     grad_kv: Tile
 
 
-# Chosen by arithmetic and by what ptxas 12.8 says of the compiled kernels (sm_90a), not yet by measurement. A
-# multiprocessor of an H100 or H200 has 65536 registers, 255 a thread at most, 227 KB of shared memory, does 4096 bf16
-# FLOPs a cycle, and gets some 25 bytes a cycle from L2. In bf16 at head_dim 128:
+# Of bf16 the quickest of those that tools/bench/flash_tiles.py tries on an H200 (docs/benchmarks.md); of fp32 by
+# arithmetic. A multiprocessor of an H100 or H200 has 65536 registers, 255 a thread at most, 227 KB of shared memory,
+# does 4096 bf16 FLOPs a cycle, and gets some 25 bytes a cycle from L2. In bf16 at head_dim 128, by ptxas 12.8 (sm_90a):
 # - 128 queries: a key's K and V are 512 bytes for 512 FLOPs a query, so at full speed 128 queries ask 32 bytes a cycle
 #   of L2, at two thirds of it 21, and 64 queries twice that.
 # - 8 warps hold 128 x 128 sums in 64 registers a thread and 128 x 64 scores in 32. Forward has the sums, the scores of
 #   this tile of keys and of the next, and the weights in bf16, 64 + 32 + 32 + 16, and comes to 253 with all else; 128
 #   keys at a time spill. Shared memory: q 32 KB, 3 stages of K and V 96 KB, K of the first product 16 KB.
-# - grad_q: sums, scores, their gradient, weights: 228 registers; q, dO 64 KB, 2 stages of K and V 64 KB. With 3 stages
-#   the compiler lets a product run on into the next turn, which makes ptxas wait for every tensor core instruction.
+# - grad_q: with 64 queries of 4 warps two programs share a multiprocessor, and one's products fill the other's waits.
+#   It spills 24 bytes at most. With 3 stages the compiler lets a product run on into the next turn, which makes ptxas
+#   wait for every tensor core instruction: half the speed (at head_dim 64 with triton 3.7, and not yet with 3.6).
 # - grad_kv: two sums, 128 registers, and scores as above: 255 and a few spilled, most of them outside of the loops; K,
 #   V 64 KB, 2 stages of q and dO 64 KB. 64 keys or 32 queries would not spill, but do half of the work a load.
 # head_dim 96 is padded to 128: a third more work, where 64 + 32 would double every tile and product in the code; no
 # preset has it. fp32 runs on the ordinary cores, whose operands sit in registers: the largest tiles that do not spill.
 _TILES = {
-    (2, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    (2, 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    (2, 64): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
+    (2, 128): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2)),
     (4, 64): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
     (4, 128): Tiles(Tile(32, 16, 8, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
 }
 """(bytes of a number, head_dim up to a power of two) -> tiles."""
+
+
+def tiles_of(num_bytes: int, head_dim: int) -> Tiles:
+    """The table's tiles for numbers of so many bytes."""
+    return _TILES[num_bytes, max(64, _power_of_two(head_dim))]
 
 
 def flash_attention(
@@ -100,7 +106,7 @@ def flash_attention_with_lse(
     assert k.shape == v.shape, (k.shape, v.shape)
     assert k.shape[3] == head_dim <= 128, (q.shape, k.shape)
     assert heads % k.shape[2] == 0, (q.shape, k.shape)
-    tiles = tiles or _TILES[q.element_size(), max(64, _power_of_two(head_dim))]
+    tiles = tiles or tiles_of(q.element_size(), head_dim)
     if cu_seqlens is None:
         assert k.shape[0] == batch, (q.shape, k.shape)
         assert k.shape[1] >= sequence, (q.shape, k.shape)
@@ -122,9 +128,7 @@ class _Attention(torch.autograd.Function):
         batch, sequence, heads, _ = q.shape
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(batch, heads, sequence, dtype=torch.float32, device=q.device)
-        launch = _Launch(q, k, v, bounds, bounds_k)
-        tile = tiles.forward
-        _kernels().forward[launch.grid(tile.queries, of_keys=False)](q, k, v, out, lse, **launch.arguments(tile))
+        launch("forward", tiles.forward, (q, k, v, out, lse), bounds, bounds_k)
         ctx.save_for_backward(q, k, v, out, lse, bounds, bounds_k)
         ctx.tiles = tiles
         ctx.set_materialize_grads(False)
@@ -138,16 +142,35 @@ class _Attention(torch.autograd.Function):
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         delta = torch.empty_like(lse)
-        launch = _Launch(q, k, v, bounds, bounds_k)
-        tile = ctx.tiles.grad_q
-        _kernels().grad_q[launch.grid(tile.queries, of_keys=False)](
-            *(q, k, v, out, grad, lse, grad_lse, delta, grad_q), **launch.arguments(tile)
-        )
-        tile = ctx.tiles.grad_kv
-        _kernels().grad_kv[launch.grid(tile.keys, of_keys=True)](
-            *(q, k, v, grad, lse, delta, grad_k, grad_v), **launch.arguments(tile)
-        )
+        of_queries = q, k, v, out, grad, lse, grad_lse, delta, grad_q
+        launch("grad_q", ctx.tiles.grad_q, of_queries, bounds, bounds_k)
+        launch("grad_kv", ctx.tiles.grad_kv, (q, k, v, grad, lse, delta, grad_k, grad_v), bounds, bounds_k)
         return grad_q, grad_k, grad_v, None, None, None
+
+
+def launch(
+    kernel: str,
+    tile: Tile,
+    tensors: tuple[Tensor | None, ...],
+    bounds: Tensor | None = None,
+    bounds_k: Tensor | None = None,
+) -> None:
+    """Run one of the three kernels.
+
+    Args:
+        kernel: forward, grad_q or grad_kv.
+        tile: its.
+        tensors: what it reads and writes, in its order, q, k and v first.
+        bounds: of segments over the queries, or None.
+        bounds_k: over the keys.
+    """
+    q, k, v, *_ = tensors
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    common, of_keys = _Launch(q, k, v, bounds, bounds_k), kernel == "grad_kv"
+    grid = common.grid(tile.keys if of_keys else tile.queries, of_keys=of_keys)
+    getattr(_kernels(), kernel)[grid](*tensors, **common.arguments(tile))
 
 
 class _Launch(NamedTuple):

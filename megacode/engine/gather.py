@@ -47,12 +47,18 @@ class Gatherer:
         """
         if not self._spans:
             self._spans = self._exchange_spans()
-        landing = _Landing(pieces, self.device)
+        landing = _Landing(max((self._size(name) for name, *_ in pieces), default=0), self.device)
         for some in _rounds(pieces, self.mesh.zero_size):
             doing(f"copying {some[0][0]} for a checkpoint", patient=True)
-            with landing.next(some) as target:
-                self._exchange(some, target)
+            shares = [private.share(self.parameters[name], key)[1] for name, key, *_ in some]
+            for stretch in landing.stretches(max(self._size(name) for name, *_ in some)):
+                with landing.next(some, stretch) as target:
+                    self._exchange(some, shares, stretch, target)
         landing.finish()
+
+    def _size(self, name: str) -> int:
+        """Values of this tensor rank's part."""
+        return max(stop for _, stop in self._spans[name])
 
     def _exchange_spans(self) -> dict[str, list[tuple[int, int]]]:
         mine = {}
@@ -65,29 +71,39 @@ class Gatherer:
             dist.all_gather_object(spans, mine, group=self.mesh.data_group)
         return {name: [each[name] for each in spans] for name in mine}
 
-    def _exchange(self, pieces: Sequence[Piece], target: Tensor | None) -> None:
-        """Send this rank's shares of some tensors, and receive the others' of the one that it keeps."""
+    def _exchange(
+        self, pieces: Sequence[Piece], shares: Sequence[Tensor], stretch: range, target: Tensor | None
+    ) -> None:
+        """Send this rank's shares of a stretch of some tensors, and receive the others' of the one that it keeps."""
         mine, transfers = self.mesh.zero_rank, []
-        for name, key, keeper, into in pieces:
-            spans = self._spans[name]
+        for (name, _, keeper, into), share in zip(pieces, shares, strict=True):
+            spans = [_common(each, stretch) for each in self._spans[name]]
             low, high = spans[mine]
-            share = private.share(self.parameters[name], key)[1][: high - low]
+            first = self._spans[name][mine][0]
             if into is None:
                 if low < high:
-                    transfers.append(dist.P2POp(dist.isend, share, self._ranks[keeper], self.mesh.data_group))
+                    part = share[low - first : high - first]
+                    transfers.append(dist.P2POp(dist.isend, part, self._ranks[keeper], self.mesh.data_group))
                 continue
             assert target is not None
-            target[low:high].copy_(share)
+            places = [slice(start - stretch.start, stop - stretch.start) for start, stop in spans]
+            target[places[mine]].copy_(share[low - first : high - first])
             transfers += [
-                dist.P2POp(dist.irecv, target[start:stop], self._ranks[rank], self.mesh.data_group)
-                for rank, (start, stop) in enumerate(spans)
-                if rank != mine and start < stop
+                dist.P2POp(dist.irecv, target[place], self._ranks[rank], self.mesh.data_group)
+                for rank, place in enumerate(places)
+                if rank != mine and place.start < place.stop
             ]
         if self.mesh.zero_size == 1:
             return
         with communicating("gather", "data"):  # those without a transfer too: what a rank has entered is compared
             for work in dist.batch_isend_irecv(transfers) if transfers else ():
                 work.wait()
+
+
+def _common(span: tuple[int, int], stretch: range) -> tuple[int, int]:
+    """What both have; where that is nothing, an empty span at the stretch's beginning."""
+    low, high = max(span[0], stretch.start), min(span[1], stretch.stop)
+    return (low, high) if low < high else (stretch.start, stretch.start)
 
 
 def _num_values(parameter: nn.Parameter) -> int:
@@ -110,23 +126,30 @@ def _rounds(pieces: Sequence[Piece], size: int) -> Iterator[Sequence[Piece]]:
 
 
 class _Landing:
-    """Where tensors are received: on the host in their place; on a GPU in one of two buffers, each of the size of the
-    largest, which a stream of its own copies to the host while the other is filled.
+    """Where tensors are received: on the host in their place; on a GPU in one of two buffers, each of half the size of
+    the largest, which a stream of its own copies to the host while the other is filled.
     """
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
+    def __init__(self, largest: int, device: torch.device) -> None:
         self._device = device
         self._turn = 0
         if device.type == "cuda":
-            largest = max((into.numel() for *_, into in pieces if into is not None), default=0)
-            self._buffers = [torch.empty(largest, device=device) for _ in range(2)]
+            self._half = max(1, -(-largest // 2))
+            self._buffers = [torch.empty(self._half, device=device) for _ in range(2)]
             self._copied: list[torch.cuda.Event | None] = [None, None]
             self._stream = torch.cuda.Stream(device)
 
+    def stretches(self, size: int) -> Iterator[range]:
+        """The stretches of so many values that are received one after the other."""
+        step = self._half if self._device.type == "cuda" else max(1, size)
+        for start in range(0, size, step):
+            yield range(start, min(start + step, size))
+
     @contextmanager
-    def next(self, pieces: Sequence[Piece]) -> Iterator[Tensor | None]:
-        """The flat tensor to fill, within, with what this rank keeps of the pieces; None where it keeps none."""
-        into = next((into.view(-1) for *_, into in pieces if into is not None), None)
+    def next(self, pieces: Sequence[Piece], stretch: range) -> Iterator[Tensor | None]:
+        """The flat tensor to fill, within, with a stretch of what this rank keeps of the pieces; None where it keeps
+        none."""
+        into = next((into.view(-1)[stretch.start : stretch.stop] for *_, into in pieces if into is not None), None)
         if into is None or self._device.type != "cuda":
             yield into
             return

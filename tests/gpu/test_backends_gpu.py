@@ -31,7 +31,9 @@ def serving(operation: str, name: str, dtype: torch.dtype, **shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("operation", "name"), BACKENDS)
 def test_a_backend_computes_what_its_twin_does(operation, name, dtype):
-    finding = kernels.check_twin(operation, name, serving(operation, name, dtype), CUDA, dtype)
+    function = serving(operation, name, dtype)
+    packed = dispatch.TABLE[operation][name].refusal(dispatch.task(CUDA, dtype, segments=True)) is None
+    finding = kernels.check_twin(operation, name, function, CUDA, dtype, packed)
     assert finding.state == "ok", finding
 
 

@@ -23,12 +23,13 @@ def copy(share, sources, device):
     """Fill a share as `Gatherer` does where one data rank keeps all, each piece after a computation that takes time."""
 
     def gather(pieces):
-        landing = _Landing(pieces, device)
+        landing = _Landing(max(into.numel() for *_, into in pieces), device)
         for piece in pieces:
-            name, key, _, _ = piece
-            with landing.next([piece]) as target:
-                torch.cuda._sleep(1_000_000)
-                target.copy_(sources[name, key].view(-1))
+            name, key, _, into = piece
+            for stretch in landing.stretches(into.numel()):
+                with landing.next([piece], stretch) as target:
+                    torch.cuda._sleep(1_000_000)
+                    target.copy_(sources[name, key].view(-1)[stretch.start : stretch.stop])
         landing.finish()
 
     share.copy(gather)

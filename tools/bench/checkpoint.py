@@ -1,4 +1,4 @@
-"""`python -m megacode.tools.bench.checkpoint`: saving and loading on CPU processes, beside dd on the same disk."""
+"""`python -m megacode.tools.bench.checkpoint`: saving and loading, beside dd on the same disk; on the CPU or GPUs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megacode.errors import UserError
 from megacode.recipe import Recipe
 from megacode.tools.bench.contest import contest_recipe, layout_words
 from megacode.tools.bench.ours import mesh_of, start_engine
@@ -21,6 +22,7 @@ from megacode.tools.bench.processes import Team, command_line
 from megacode.tools.output import JsonFile, json_output
 
 LAYOUTS: list[dict[str, Any]] = [{"zero": 1}, {"zero": 3}, {"pipeline": 2, "tensor": 2, "zero": 1}]
+"""The last on four processes and more."""
 MODEL = {"preset": "nano", "layers": 8, "heads": 12, "kv_heads": 12, "vocabulary": 32016}
 SECONDS = ("copy", "own_calls", "write", "finish", "save", "blocked", "dd_write", "load", "dd_read")
 ANSWER_SECONDS = 600.0
@@ -54,28 +56,27 @@ class Row:
     """Verifying and reading, from the disk."""
     dd_read_seconds: float
     extra_bytes: int
-    """Live tensors while copying beyond those before, share left out."""
+    """While copying beyond those before, share left out: live tensors, or what torch has allocated of a GPU."""
     largest_bytes: int
     """Of the largest parameter on a rank, fp32."""
 
 
-def case(folder: Path, processes: int, parallel: dict[str, Any], hidden: int) -> Recipe:
-    """The recipe of a layout, with a file that stands for the tokenizer."""
+def case(folder: Path, processes: int, parallel: dict[str, Any], hidden: int, device: str) -> Recipe:
+    """The recipe of a layout, bf16 on a GPU, with a file that stands for the tokenizer."""
     (folder / "tokenizer.model").write_bytes(b"none")
     (folder / "recipe.yaml").touch()
     data = processes // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
     values = contest_recipe("nano", 1, parallel, data).model_dump()
     model = {**MODEL, "hidden": hidden, "ffn": 8 * hidden // 3 // 64 * 64}
-    return Recipe.model_validate(
-        {**values, "model": model, "tokenizer": {"path": str(folder / "tokenizer.model")}, "run": str(folder)}
-    )
+    values |= {"model": model, "tokenizer": {"path": str(folder / "tokenizer.model")}, "run": str(folder)}
+    return Recipe.model_validate({**values, "precision": "bf16" if device == "cuda" else "fp32"})
 
 
-def serve(recipe: Recipe) -> Callable[[str, int], dict[str, float]]:
+def serve(recipe: Recipe, device: str) -> Callable[[str, int], dict[str, float]]:
     """What a rank answers: `save`, `blocked`, `load` of a step, `own_calls` and `live`: figures of it. Collective."""
     import torch.distributed as dist
 
-    rank = _Rank(recipe)
+    rank = _Rank(recipe, device)
 
     def answer(request: str, step: int) -> dict[str, float]:
         dist.barrier()
@@ -88,21 +89,21 @@ def serve(recipe: Recipe) -> Callable[[str, int], dict[str, float]]:
 class _Rank:
     """A rank with an engine whose moments are not zero."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, device: str) -> None:
         from megacode.checkpoint import store
         from megacode.checkpoint.reader import STATES
         from megacode.model.layers import part_of
         from megacode.train.saver import Saver
         from megacode.train.start import writer
 
-        self.recipe, self.run, self.mesh = recipe, Path(recipe.run), mesh_of(recipe)
-        self.zero, self.ranks = start_engine(recipe, self.mesh), writer(self.mesh)
+        self.recipe, self.run, self.mesh, self.device = recipe, Path(recipe.run), mesh_of(recipe), device
+        self.zero, self.ranks = start_engine(recipe, self.mesh, device), writer(self.mesh)
         for name in self.zero.parameters:
             for key in STATES:
                 self.zero.write(name, self.zero.read(name), key)
         parts = {name: part_of(parameter) for name, parameter in self.zero.parameters.items()}
-        self.saver = Saver(recipe, parts, self.zero.gather, self.ranks, None, lambda: None, pinned=False)
-        self.share = store.Share(parts, self.ranks)
+        self.saver = Saver(recipe, parts, self.zero.gather, self.ranks, None, lambda: None, device == "cuda")
+        self.share = store.Share(parts, self.ranks, device == "cuda")
 
     def progress(self, step: int) -> Any:
         from megacode.checkpoint.reader import Progress
@@ -138,9 +139,11 @@ class _Rank:
         while self.saver.busy:
             time.sleep(STEP_SECONDS)
             noted = self.saver.noted()
+            noted = noted.to(self.device)
             dist.all_reduce(noted)
+            totals = noted.tolist()
             begun = time.monotonic()
-            self.saver.agree(noted.tolist(), step)
+            self.saver.agree(totals, step)
             waited += time.monotonic() - begun
         return {"blocked": waited}
 
@@ -170,14 +173,27 @@ class _Rank:
 
     def live(self, step: int) -> dict[str, float]:
         from megacode.engine.zero import local_shape
+
+        extra = self._extra_on_gpu() if self.device == "cuda" else self._extra_on_cpu()
+        largest = max(4 * local_shape(each).numel() for each in self.zero.parameters.values())
+        return {"extra": extra, "largest": largest, "share": self.share.num_bytes}
+
+    def _extra_on_gpu(self) -> int:
+        import torch
+
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.share.copy(self.zero.gather)
+        return torch.cuda.max_memory_allocated() - before
+
+    def _extra_on_cpu(self) -> int:
         from megacode.parallel.live import LiveBytes
 
         with LiveBytes() as counted:
             self.share.copy(self.zero.gather)  # sees what is there anyway
             counted.peak = before = counted.count()
             self.share.copy(self.zero.gather)
-        largest = max(4 * local_shape(each).numel() for each in self.zero.parameters.values())
-        return {"extra": counted.peak - before, "largest": largest, "share": self.share.num_bytes}
+        return counted.peak - before
 
 
 def _forget(folder: Path) -> None:
@@ -212,12 +228,15 @@ def _together(commands: list[list[str]]) -> float:
     return time.monotonic() - begun
 
 
-def measure(folder: Path, processes: int, layouts: list[dict[str, Any]], hidden: int, times: int) -> Iterator[Row]:
+def measure(
+    folder: Path, processes: int, layouts: list[dict[str, Any]], hidden: int, times: int, device: str
+) -> Iterator[Row]:
     """Every layout, in a folder of the disk."""
     for parallel in layouts:
         with tempfile.TemporaryDirectory(prefix="megacode-checkpoint-", dir=folder) as name:
             run = Path(name)
-            team = Team(serve, (case(run, processes, parallel, hidden),), processes, 1, ANSWER_SECONDS)
+            recipe = case(run, processes, parallel, hidden, device)
+            team = Team(serve, (recipe, device), processes, 1, ANSWER_SECONDS, device)
             best: dict[str, float] = {}
             for number in range(times + 1):  # the first touches the memory
                 found: dict[str, float] = {}
@@ -263,20 +282,24 @@ def table(rows: list[Row]) -> str:
 
 def main(
     folder: Annotated[Path, typer.Option(help="A folder of the disk to be measured.")] = Path(),
-    processes: Annotated[int, typer.Option(min=4, help="Of each layout, a multiple of 4.")] = 4,
+    processes: Annotated[int, typer.Option(min=1, help="Of each layout; from 4 on a multiple of 4.")] = 4,
     hidden: Annotated[int, typer.Option(help="Width of the model; 768 makes 106 million parameters.")] = 768,
     times: Annotated[int, typer.Option(min=1, help="The best of so many.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: a GPU for each process.")] = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Save, with steps waiting and without, and load, in several layouts; print seconds, MB/s and dd's.
 
     Example: python -m megacode.tools.bench.checkpoint --folder /scratch
     """
+    layouts = LAYOUTS if processes >= 4 else LAYOUTS[:-1]
+    if (processes >= 4 and processes % 4) or device not in ("cpu", "cuda"):
+        raise UserError("--processes is less than 4 or a multiple of it, --device cpu or cuda")
     with json_output(json_file) as write_json:
         rows = []
-        for row in measure(folder, processes, LAYOUTS, hidden, times):
+        for row in measure(folder, processes, layouts, hidden, times, device):
             rows.append(row)
-            write_json([asdict(row) for row in rows], whole=len(rows) == len(LAYOUTS))
+            write_json([asdict(row) for row in rows], whole=len(rows) == len(layouts))
         print(table(rows))
 
 

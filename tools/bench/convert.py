@@ -9,6 +9,7 @@ page cache before they are read.
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -53,6 +54,8 @@ def main(
     )
     if not set(chosen) <= NEEDED.keys() or misplaced:
         raise UserError(f"--directions {directions}: known are from-hf, to-hf (right after from-hf) and from-meta")
+    if model not in PRESETS:
+        raise UserError(f"--model {model} is unknown; known are {', '.join(PRESETS)}")
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that may be made and removed")
     folder.mkdir(parents=True)
@@ -63,7 +66,7 @@ def main(
         for number, direction in enumerate(chosen):
             source, target = folder / NEEDED[direction], folder / ("own" if direction != "to-hf" else "back")
             if not source.exists():
-                _make(model, layers, source, meta=direction == "from-meta")
+                _alone(_make, model, layers, source, direction == "from-meta")
             if number == 0:
                 _say(_copy(source, folder / "copy"))
             _say(_measure(direction, source, target))
@@ -128,13 +131,20 @@ def _drop_from_cache(folder: Path) -> int:
     return size
 
 
-def _make(preset: str, layers: int | None, folder: Path, *, meta: bool) -> None:
+def _alone(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a process of its own: a child's peak, as the kernel counts it, begins with its parent's."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__.strip('_')} ended with {process.exitcode}")
+
+
+def _make(preset: str, layers: int | None, folder: Path, meta: bool) -> None:
     """A source of a preset's shape."""
     from megacode.checkpoint.convert.source import shapes_of
     from megacode.recipe import ModelSection
 
-    if preset not in PRESETS:
-        raise UserError(f"--model {preset} is unknown; known are {', '.join(PRESETS)}")
     folder.mkdir()
     rows = PRESETS[preset].get("vocabulary", 32016)
     model = ModelSection.model_validate(
