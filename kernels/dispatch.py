@@ -163,6 +163,10 @@ def _wider_heads(limit: int, task: Task) -> str | None:
     return f"its head_dim is at most {limit} and this is {task.head_dim}" if task.head_dim > limit else None
 
 
+def _slow_on_hopper(task: Task) -> str | None:
+    return "triton's is faster on Hopper" if task.capability[0] == 9 and task.head_dim <= 128 else None
+
+
 def _slow_off_hopper(task: Task) -> str | None:
     # transformers' pull request 48163: 1.7 to 2.3 times torch's flash attention on Hopper, 0.82 times on an A100, 0.88
     # times on Blackwell.
@@ -172,14 +176,14 @@ def _slow_off_hopper(task: Task) -> str | None:
 Table = dict[str, dict[str, Backend]]
 """Operation -> backends in the order in which `auto` prefers them; one of them serves everywhere, without drawback."""
 
-# The last one is plain torch. The order of attention on GPUs follows published figures (docs/benchmarks.md), with ours,
-# of which there are none yet, behind them; between the products ours is first for the bytes that it moves.
+# The last one is plain torch. The order of attention follows our figures of an H200, where ours is faster than torch's
+# flash attention and slower than cuDNN, and published ones of what else there is (docs/benchmarks.md).
 TABLE: Table = {
     "attention": {
         "flash_attn_3": Backend(_flash_attn_3, packages.attention_flash_3),
         "cudnn": Backend(_sdpa_cudnn, attention_cudnn, _slow_off_hopper),
         "flash_attn": Backend(_flash_attn, packages.attention_flash),
-        "sdpa_flash": Backend(_sdpa_flash, attention_sdpa_flash),
+        "sdpa_flash": Backend(_sdpa_flash, attention_sdpa_flash, _slow_on_hopper),
         "triton": Backend(_triton_attention, attention_triton),
         "torch": Backend(_none, attention_torch),
     },

@@ -233,7 +233,7 @@ def test_attention_follows_device_mask_and_shape(package, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     package({"flash_attn.py": FLASH_ATTN, "flash_attn_interface.py": FLASH_ATTN})
-    assert order(HOPPER) == ["flash_attn_3", "cudnn", "flash_attn", "sdpa_flash", "triton", "torch"]
+    assert order(HOPPER) == ["flash_attn_3", "cudnn", "flash_attn", "triton", "torch"]
     assert (
         order(AMPERE) == order(replace(HOPPER, capability=(10, 0))) == ["flash_attn", "sdpa_flash", "triton", "torch"]
     )
