@@ -1,10 +1,10 @@
 """Checkpoints that know no layout: safetensors files of parts, and a manifest of global names, shapes and slices.
 
 A folder step_00000100/ holds manifest.json, recipe.yaml, tokenizer.model, and for each rank that keeps something
-weights_RANK.safetensors (fp32) and optimizer_RANK.safetensors (Adam's moments). Parameter i of a stage is kept by data
-rank i mod data ranks. A save has three parts: `begin` (a folder *.partial), `Share.copy` and `Share.write` (each rank's
-own: to host memory, and from there to files) and `finish` (the manifest, and the folder's name). `save` is all of them
-in a row; a run copies, trains on, and writes meanwhile.
+weights_RANK.safetensors (fp32) and optimizer_RANK.safetensors (Adam's moments). Which data rank keeps a parameter, the
+engine says; where it is, the manifest. A save has three parts: `begin` (a folder *.partial), `Share.copy` and
+`Share.write` (each rank's own: to host memory, and from there to files) and `finish` (the manifest, and the folder's
+name). `save` is all of them in a row; a run copies, trains on, and writes meanwhile.
 """
 
 import hashlib
@@ -13,10 +13,10 @@ import math
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,10 +32,21 @@ from megacode.recipe import Recipe
 
 KEYS = ("weight", *STATES)
 
-Gather = Callable[[Sequence[tuple[str, str, int, Tensor | None]]], None]
-"""Copies tensors to host memory; collective over the data ranks. Of each: global name, "weight" or a state, the data
-rank that keeps it, and there an fp32 tensor to fill, of the shape of this tensor rank's part without padding; None
-elsewhere."""
+
+class Holder(Protocol):
+    """Who has the tensors of a run: its engine. Both calls are collective over the data ranks."""
+
+    def keepers(self) -> Mapping[str, int]:
+        """The data rank that keeps each parameter of this stage, in the order in which they are best copied."""
+        ...
+
+    def gather(self, pieces: Sequence[tuple[str, str, int, Tensor | None]]) -> None:
+        """Copy tensors to host memory.
+
+        Of each: global name, "weight" or a state, the data rank that keeps it, and there an fp32 tensor to fill, of the
+        shape of this tensor rank's part without padding; None elsewhere.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,6 @@ class Writer:
 
     rank: int
     zero_rank: int
-    zero_size: int
     tensor_rank: int
     gather: Callable[[Any], list[Any] | None]
     """Collects an object of each rank on rank 0; None elsewhere."""
@@ -75,7 +85,7 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def save(
-    folder: Path, recipe: Recipe, progress: Progress, parts: dict[str, Slice], gather: Gather, writer: Writer
+    folder: Path, recipe: Recipe, progress: Progress, parts: dict[str, Slice], holder: Holder, writer: Writer
 ) -> str | None:
     """Write a checkpoint and wait for it; every rank calls it. The folder appears, whole, when all ranks have written.
 
@@ -84,22 +94,23 @@ def save(
         recipe: saved beside the weights, with a copy of its tokenizer.
         progress: where the run stands.
         parts: this rank's parameters by global name, in the order in which all ranks of the stage hold them.
-        gather: copies tensors to the host.
+        holder: copies tensors to the host.
         writer: this rank's place.
 
     Returns and raises as `finish`.
     """
-    share = Share(parts, writer)
+    share = Share(parts, holder, writer)
     begin(folder, writer)
-    share.copy(gather)
+    share.copy()
     return finish(folder, recipe, progress, share.write(folder), writer)
 
 
 class Share:
-    """What this rank keeps of checkpoints, in host memory that stays from one save to the next.
+    """What this rank keeps of checkpoints, in host memory that stays from one save to the next. Collective.
 
     Args:
         parts: this rank's parameters by global name, in the order in which all ranks of the stage hold them.
+        holder: has them.
         writer: this rank's place.
         pinned: have the memory pinned, for a GPU to copy to.
 
@@ -108,9 +119,9 @@ class Share:
         values: (global name, "weight" or a state) -> what was copied last.
     """
 
-    def __init__(self, parts: dict[str, Slice], writer: Writer, pinned: bool = False) -> None:
-        self.rank = writer.rank
-        keepers = {name: number % writer.zero_size for number, name in enumerate(parts)}
+    def __init__(self, parts: dict[str, Slice], holder: Holder, writer: Writer, pinned: bool = False) -> None:
+        self.rank, self._holder = writer.rank, holder
+        keepers = holder.keepers()
         # What is split over tensor ranks each of them keeps its part of; of the rest the first keeps the whole.
         kept = {name: part for name, part in parts.items() if part.dim is not None or writer.tensor_rank == 0}
         mine = {name: part for name, part in kept.items() if keepers[name] == writer.zero_rank}
@@ -128,11 +139,16 @@ class Share:
         pieces = memory.split([math.prod(shape) for shape in shapes.values() for _ in KEYS])
         places = [(name, key) for name in shapes for key in KEYS]
         self.values = {place: piece.view(shapes[place[0]]) for place, piece in zip(places, pieces, strict=True)}
-        self._pieces = [(name, key, keepers[name], self.values.get((name, key))) for name in kept for key in KEYS]
+        self._pieces = [
+            (name, key, keeper, self.values.get((name, key)))
+            for name, keeper in keepers.items()
+            if name in kept
+            for key in KEYS
+        ]
 
-    def copy(self, gather: Gather) -> None:
+    def copy(self) -> None:
         """Copy this moment's values to the host. Collective; what was there must have been written."""
-        gather(self._pieces)
+        self._holder.gather(self._pieces)
 
     def write(self, folder: Path, stop: Callable[[], bool] = lambda: False) -> Report:
         """Write the files, and have them on the disk. No collective and no device: a thread may do it.

@@ -37,6 +37,22 @@ class Gatherer:
         self._spans: dict[str, list[tuple[int, int]]] = {}
         """Of each parameter, which part of its flattened values each data rank has, padding left out."""
 
+    def keepers(self) -> dict[str, int]:
+        """The data rank that keeps each parameter: one that has most of it, of these the one that keeps least yet.
+
+        So little is sent and all write about as much: under ZeRO-1 and 2 nearly every parameter lies on one rank, under
+        ZeRO-3 all have as much of each. In the order of sizes, largest first: those that are sent together are alike.
+        Collective over the data ranks.
+        """
+        self._exchange_spans()
+        kept, found = [0] * self.mesh.zero_size, {}
+        for name in sorted(self.parameters, key=self._size, reverse=True):
+            have = [stop - start for start, stop in self._spans[name]]
+            keeper = min((rank for rank in range(len(have)) if have[rank] == max(have)), key=kept.__getitem__)
+            found[name] = keeper
+            kept[keeper] += self._size(name)
+        return found
+
     @torch.no_grad()
     def gather(self, pieces: Sequence[Piece]) -> None:
         """Copy tensors, each to the data rank that keeps it. Collective over the data ranks; returns when all is there.
@@ -45,8 +61,7 @@ class Gatherer:
             pieces: the same on all data ranks but for where they go: a contiguous fp32 tensor on the host, of the shape
                 of this tensor rank's part without padding, at the keeper; None elsewhere.
         """
-        if not self._spans:
-            self._spans = self._exchange_spans()
+        self._exchange_spans()
         landing = _Landing(max((self._size(name) for name, *_ in pieces), default=0), self.device)
         for some in _rounds(pieces, self.mesh.zero_size):
             doing(f"copying {some[0][0]} for a checkpoint", patient=True)
@@ -60,7 +75,9 @@ class Gatherer:
         """Values of this tensor rank's part."""
         return max(stop for _, stop in self._spans[name])
 
-    def _exchange_spans(self) -> dict[str, list[tuple[int, int]]]:
+    def _exchange_spans(self) -> None:
+        if self._spans:
+            return
         mine = {}
         for name, parameter in self.parameters.items():
             start, share = private.share(parameter)
@@ -69,7 +86,7 @@ class Gatherer:
         spans: list[dict[str, tuple[int, int]]] = [{} for _ in self._ranks]
         with communicating("all-gather", "data"):
             dist.all_gather_object(spans, mine, group=self.mesh.data_group)
-        return {name: [each[name] for each in spans] for name in mine}
+        self._spans = {name: [each[name] for each in spans] for name in mine}
 
     def _exchange(
         self, pieces: Sequence[Piece], shares: Sequence[Tensor], stretch: range, target: Tensor | None

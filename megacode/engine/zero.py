@@ -208,6 +208,10 @@ class ZeroEngine:
         value = private.read_gradient(parameter) if key == "gradient" else private.read(parameter, key)
         return part_of(parameter).strip(value)
 
+    def keepers(self) -> dict[str, int]:
+        """The data rank that keeps each parameter in a checkpoint; see `Gatherer.keepers`."""
+        return self._gatherer.keepers()
+
     def gather(self, pieces: Sequence[Piece]) -> None:
         """Copy parameters and Adam states, each to the one data rank that keeps it; see `Gatherer.gather`."""
         self._gatherer.gather(pieces)

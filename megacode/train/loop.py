@@ -94,7 +94,7 @@ class Trainer:
         """Writes this run's checkpoints."""
         parts = {name: part_of(parameter) for name, parameter in self.engine.parameters.items()}
         return Saver(
-            self.recipe, parts, self.engine.gather, writer(self.mesh), self.journal, self.requests.done,
+            self.recipe, parts, self.engine, writer(self.mesh), self.journal, self.requests.done,
             pinned=self.device.type == "cuda",
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megacode.checkpoint import keep, store
 from megacode.checkpoint.reader import Progress
-from megacode.checkpoint.store import Gather, Report, Share, StoppedError, Writer
+from megacode.checkpoint.store import Holder, Report, Share, StoppedError, Writer
 from megacode.errors import UserError
 from megacode.model.layers import Slice
 from megacode.parallel.heartbeat import doing
@@ -68,7 +68,7 @@ class Saver:
     Args:
         recipe: of the run.
         parts: this rank's parameters by global name, in the order in which all ranks of the stage hold them.
-        gather: copies tensors to the host.
+        holder: copies tensors to the host.
         ranks: this rank's place.
         journal: on rank 0.
         obeyed: called when a checkpoint stands.
@@ -76,11 +76,11 @@ class Saver:
     """
 
     def __init__(
-        self, recipe: Recipe, parts: Mapping[str, Slice], gather: Gather, ranks: Writer, journal: Journal | None,
+        self, recipe: Recipe, parts: Mapping[str, Slice], holder: Holder, ranks: Writer, journal: Journal | None,
         obeyed: Callable[[], None], pinned: bool,
     ) -> None:  # fmt: skip
         self.recipe, self.run, self.journal = recipe, Path(recipe.run), journal
-        self._parts, self._gather, self._ranks, self._obeyed, self._pinned = dict(parts), gather, ranks, obeyed, pinned
+        self._parts, self._holder, self._ranks, self._obeyed, self._pinned = dict(parts), holder, ranks, obeyed, pinned
         self._share: Share | None = None
         self._save: _Save | None = None
         self._told_of_waiting = False
@@ -129,8 +129,8 @@ class Saver:
         save = _Save(store.step_folder(self.run, step), progress, time.monotonic())
         store.begin(save.folder, self._ranks, must_hold=self.run / "recipe.yaml")
         if self._share is None:
-            self._share = Share(self._parts, self._ranks, self._pinned)
-        self._share.copy(self._gather)
+            self._share = Share(self._parts, self._holder, self._ranks, self._pinned)
+        self._share.copy()
         save.blocked_seconds = time.monotonic() - save.started
         self._save = save
         threading.Thread(target=save.write, args=(self._share,), name="checkpoint", daemon=True).start()

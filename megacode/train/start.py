@@ -172,4 +172,4 @@ def writer(mesh: Mesh) -> Writer:
             dist.broadcast_object_list(box, group=group)
         return box[0]
 
-    return Writer(mesh.rank, mesh.zero_rank, mesh.zero_size, mesh.tensor_rank, gather, broadcast)
+    return Writer(mesh.rank, mesh.zero_rank, mesh.tensor_rank, gather, broadcast)

@@ -5,7 +5,7 @@ from megacode.tools.bench import checkpoint
 
 def test_it_saves_loads_and_measures(tmp_path):
     (row,) = checkpoint.measure(tmp_path, 2, [{"zero": 1}], hidden=96, times=1, device="cpu")
-    assert row.num_bytes > row.share_bytes > row.num_bytes // 2
+    assert row.num_bytes > row.share_bytes > 0.49 * row.num_bytes
     assert row.save_seconds >= row.copy_seconds + row.finish_seconds
     seconds = [getattr(row, f"{key}_seconds") for key in checkpoint.SECONDS]
     assert min(seconds) > 0

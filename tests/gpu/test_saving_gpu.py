@@ -19,29 +19,37 @@ PARTS = {f"model.layers.{number}.w": Slice((number % 3 + 1, 1 << 20), 0.02) for 
 """Of 4 to 12 MB: long enough that the host is ahead of the copies."""
 
 
-def copy(share, sources, device):
-    """Fill a share as `Gatherer` does where one data rank keeps all, each piece after a computation that takes time."""
+class Lander:
+    """Fills a share as `Gatherer` does where one data rank keeps all; each piece comes after a computation."""
 
-    def gather(pieces):
-        landing = _Landing(max(into.numel() for *_, into in pieces), device)
+    def __init__(self):
+        self.device, self.sources = torch.device("cuda", torch.cuda.current_device()), {}
+
+    def keepers(self):
+        return dict.fromkeys(PARTS, 0)
+
+    def gather(self, pieces):
+        landing = _Landing(max(into.numel() for *_, into in pieces), self.device)
         for piece in pieces:
             name, key, _, into = piece
             for stretch in landing.stretches(into.numel()):
                 with landing.next([piece], stretch) as target:
                     torch.cuda._sleep(1_000_000)
-                    target.copy_(sources[name, key].view(-1)[stretch.start : stretch.stop])
+                    target.copy_(self.sources[name, key].view(-1)[stretch.start : stretch.stop])
         landing.finish()
 
-    share.copy(gather)
+    def change(self, share):
+        """New random numbers, of which the share has a copy then."""
+        self.sources = {place: torch.randn(value.shape, device=self.device) for place, value in share.values.items()}
+        share.copy()
+        return self.sources
 
 
 def test_what_lands_is_what_the_device_had():
-    device = torch.device("cuda", torch.cuda.current_device())
-    share = Share(PARTS, ALONE, pinned=True)
+    lander = Lander()
+    share = Share(PARTS, lander, ALONE, pinned=True)
     for _ in range(3):  # the memory stays from one save to the next
-        sources = {place: torch.randn(value.shape, device=device) for place, value in share.values.items()}
-        copy(share, sources, device)
-        for source in sources.values():
+        for source in lander.change(share).values():
             source.zero_()  # training goes on
         again = {place: value.clone() for place, value in share.values.items()}
         torch.cuda.synchronize()
@@ -50,16 +58,15 @@ def test_what_lands_is_what_the_device_had():
 
 
 def test_each_tensor_lands_in_its_place():
-    device = torch.device("cuda", torch.cuda.current_device())
-    share = Share(PARTS, ALONE, pinned=True)
-    sources = {place: torch.randn(value.shape, device=device) for place, value in share.values.items()}
-    copy(share, sources, device)
+    lander = Lander()
+    share = Share(PARTS, lander, ALONE, pinned=True)
+    sources = lander.change(share)
     for place, value in share.values.items():
         assert torch.equal(value, sources[place].cpu()), place
 
 
 def test_the_memory_is_pinned_as_long_as_the_share_lives():
-    share = Share(PARTS, ALONE, pinned=True)
+    share = Share(PARTS, Lander(), ALONE, pinned=True)
     value = next(iter(share.values.values()))
     assert value.is_pinned()
     del share

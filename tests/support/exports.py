@@ -6,10 +6,11 @@ import json.decoder
 from pathlib import Path
 
 from megacode.checkpoint.reader import CheckpointReader, Progress
-from megacode.checkpoint.store import Writer, save, step_folder
+from megacode.checkpoint.store import save, step_folder
 from megacode.data.tokenizer import Tokenizer, train
 from megacode.model.layers import part_of
 from megacode.model.llama import Llama, initialise
+from support.saving import ALONE, Held
 from support.training import recipe
 
 
@@ -38,9 +39,7 @@ def write_checkpoint(run: Path, step: int = 7, seed: int = 0) -> CheckpointReade
         config,
         Progress(step=step, next_sample=0, adam_step=step, seed=seed, sequence_length=12, num_tokens=0),
         {name: part_of(parameter) for name, parameter in parameters.items()},
-        lambda pieces: [into.copy_(parameters[name].detach() * (key == "weight")) for name, key, _, into in pieces],
-        Writer(
-            rank=0, zero_rank=0, zero_size=1, tensor_rank=0, gather=lambda each: [each], broadcast=lambda each: each
-        ),
+        Held(parameters, lambda into, name, key: into.copy_(parameters[name].detach() * (key == "weight"))),
+        ALONE,
     )
     return CheckpointReader(step_folder(run, step))

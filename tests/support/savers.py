@@ -12,7 +12,7 @@ from megacode.checkpoint.store import Writer
 from megacode.checkpoint.tensorfile import TensorFile
 from megacode.errors import UserError
 from megacode.train.saver import Saver
-from support.saving import PARTS, config, fill
+from support.saving import PARTS, Held, config
 
 
 class Book:
@@ -32,9 +32,10 @@ class Setting:
         self.rank, self.step, self.obeyed = dist.get_rank(), 0, 0
         self.book = Book() if self.rank == 0 else None
         (run / "recipe.yaml").touch()
-        ranks = Writer(self.rank, self.rank, dist.get_world_size(), 0, self._gather, self._broadcast)
+        ranks = Writer(self.rank, self.rank, 0, self._gather, self._broadcast)
         recipe = config(run, every_steps=1)
-        self.saver = Saver(recipe, PARTS, lambda pieces: fill(self.step)(pieces), ranks, self.book, self._obey, False)
+        holder = Held(PARTS, lambda into, *_: into.fill_(float(self.step)), dist.get_world_size())
+        self.saver = Saver(recipe, PARTS, holder, ranks, self.book, self._obey, False)
 
     def _obey(self):
         self.obeyed += 1

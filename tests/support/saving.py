@@ -21,7 +21,7 @@ from megacode.checkpoint.store import Writer, save, step_folder
 from megacode.model.layers import Slice
 from support.training import recipe
 
-ALONE = Writer(rank=0, zero_rank=0, zero_size=1, tensor_rank=0, gather=lambda each: [each], broadcast=lambda each: each)
+ALONE = Writer(rank=0, zero_rank=0, tensor_rank=0, gather=lambda each: [each], broadcast=lambda each: each)
 PARTS = {f"model.layers.{number}.mlp.up_proj.weight": Slice((96, 300), 0.02) for number in range(6)}
 NUM_BYTES = 3 * 4 * 6 * 96 * 300
 """Of the tensors."""
@@ -35,14 +35,30 @@ def config(run, **checkpoint):
     return recipe(run=str(run), tokenizer={"path": str(tokenizer)}, checkpoint=checkpoint)
 
 
-def fill(step):
-    """A `Gather` whose every value tells the step."""
-    return lambda pieces: [into.fill_(float(step)) for *_, into in pieces if into is not None]
+class Held:
+    """A `Holder` without an engine: data ranks keep parameters in turn, `fill(into, name, key)` fills them."""
+
+    def __init__(self, names, fill, ranks=1):
+        self._keepers, self._fill = {name: number % ranks for number, name in enumerate(names)}, fill
+
+    def keepers(self):
+        return self._keepers
+
+    def gather(self, pieces):
+        for name, key, _, into in pieces:
+            if into is not None:
+                self._fill(into, name, key)
 
 
-def save_step(run, step, writer=ALONE):
+def held(step, ranks=1):
+    """Whose every value tells the step."""
+    return Held(PARTS, lambda into, *_: into.fill_(float(step)), ranks)
+
+
+def save_step(run, step, writer=ALONE, ranks=1):
     """Save a step, all of whose values are its number."""
-    save(step_folder(run, step), config(run), Progress(step, 8 * step, step, 7, 16, 0), PARTS, fill(step), writer)
+    progress = Progress(step, 8 * step, step, 7, 16, 0)
+    save(step_folder(run, step), config(run), progress, PARTS, held(step, ranks), writer)
 
 
 def assert_whole(folder):
@@ -71,10 +87,10 @@ def _pair(rank, pipe):
         pipe.send(value)
         return value
 
-    return Writer(rank, rank, 2, 0, gather, broadcast)
+    return Writer(rank, rank, 0, gather, broadcast)
 
 
-def _save_on_and_on(run, writer, slow, seed):
+def _save_on_and_on(run, writer, ranks, slow, seed):
     generator = random.Random(seed)
     if slow:  # a kill hits the moments around names' changes more often
         replace = os.replace
@@ -92,7 +108,7 @@ def _save_on_and_on(run, writer, slow, seed):
         for step in itertools.count(keep.step_of(newest) + 1 if newest else 1):
             if writer.rank == 0:
                 marks.write(f"b {step}\n")
-            save_step(run, step, writer)
+            save_step(run, step, writer, ranks)
             if writer.rank == 0:
                 marks.write(f"e {step}\n")
                 for folder in keep.surplus(run, last=2):
@@ -121,7 +137,10 @@ def serve():
         run, ranks, slow, seed = line.split()
         pipes = multiprocessing.Pipe() if ranks == "2" else (None,)
         writers = [ALONE] if ranks == "1" else [_pair(rank, pipe) for rank, pipe in enumerate(pipes)]
-        pids = [_fork(functools.partial(_save_on_and_on, Path(run), w, slow == "1", int(seed))) for w in writers]
+        pids = [
+            _fork(functools.partial(_save_on_and_on, Path(run), writer, len(writers), slow == "1", int(seed)))
+            for writer in writers
+        ]
         for pipe in pipes:
             if pipe is not None:
                 pipe.close()

@@ -237,7 +237,7 @@ def parallel(
             done = first + steps
             samples_done = done * config.batch.global_samples
             progress = Progress(done, samples_done, engine.optimizer_step, SEED, config.batch.sequence_length, 0)
-            store.save(save, config, progress, parts, engine.gather, writer(mesh))
+            store.save(save, config, progress, parts, engine, writer(mesh))
         engine.engine.destroy()
     return [outcome if mesh.zero_rank == 0 else Outcome(outcome.losses, outcome.norms, gathers=outcome.gathers), parts]
 
@@ -256,7 +256,7 @@ def move(config: Recipe, load: Path, save: Path) -> int:
     engine = ZeroEngine(config, plan, mesh, torch.device("cpu"))
     progress = resume(engine, CheckpointReader(load), mesh)
     parts = {name: part_of(parameter) for name, parameter in engine.parameters.items()}
-    store.save(save, config, progress, parts, engine.gather, writer(mesh))
+    store.save(save, config, progress, parts, engine, writer(mesh))
     count = engine.optimizer_step
     engine.engine.destroy()
     return count
@@ -401,12 +401,12 @@ def snapshots(config: Recipe) -> tuple[list[tuple[str, str]], bool]:
     tokens, labels = samples(config, 0)
     engine.train_step(micro_batches(config, mesh, tokens, labels), mesh.zero_size / (labels != IGNORE).sum())
     engine.update(config.optimizer.learning_rate)
-    share = Share({name: part_of(parameter) for name, parameter in engine.parameters.items()}, writer(mesh))
+    share = Share({name: part_of(parameter) for name, parameter in engine.parameters.items()}, engine, writer(mesh))
     values = {(name, key): engine.read(name, key) for name in engine.parameters for key in KEYS}
     equal = True
     for step in (None, None, 1000):  # where the kept tensors stay, and in stretches, as on a GPU
         with _stretches_of(step) if step else contextlib.nullcontext():
-            share.copy(engine.gather)
+            share.copy()
         equal &= all(torch.equal(values[place], kept) for place, kept in share.values.items())
         for kept in share.values.values():
             kept.zero_()

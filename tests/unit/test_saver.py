@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from support.saving import ALONE, PARTS, config, fill
+from support.saving import ALONE, PARTS, config, held
 
 from megacode.checkpoint import keep
 from megacode.checkpoint.reader import Progress
@@ -32,7 +32,7 @@ def make(tmp_path):
 
     def build(**section):
         (tmp_path / "recipe.yaml").touch()
-        return Saver(config(tmp_path, **section), PARTS, fill(1), ALONE, Book(), lambda: None, pinned=False)
+        return Saver(config(tmp_path, **section), PARTS, held(1), ALONE, Book(), lambda: None, pinned=False)
 
     return build
 

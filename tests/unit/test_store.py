@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.disks import small_disk
-from support.saving import ALONE, NUM_BYTES, PARTS, assert_whole, config, fill, save_step
+from support.saving import ALONE, NUM_BYTES, PARTS, assert_whole, config, held, save_step
 
 from megacode.checkpoint import keep
 from megacode.checkpoint.keep import newest
@@ -62,8 +62,8 @@ def test_a_disk_that_has_become_read_only(disk):
 
 def test_a_disk_that_is_unmounted_while_a_checkpoint_is_written(disk):
     folder = step_folder(disk, 2)
-    share = Share(PARTS, ALONE)
-    share.copy(fill(2))
+    share = Share(PARTS, held(2), ALONE)
+    share.copy()
     begin(folder, ALONE)
     subprocess.run(["umount", "-l", disk], check=True)
     with pytest.raises(UserError, match=r"weights_00000.safetensors: No such file or directory; bring its disk back"):
@@ -81,8 +81,8 @@ def test_a_run_folder_that_is_not_the_runs_or_gone_is_not_written_to(tmp_path, n
 
 def test_a_file_that_is_shorter_than_what_was_written_is_no_checkpoint(tmp_path):
     folder = step_folder(tmp_path, 1)
-    share = Share(PARTS, ALONE)
-    share.copy(fill(1))
+    share = Share(PARTS, held(1), ALONE)
+    share.copy()
     begin(folder, ALONE)
     report = share.write(folder)
     os.truncate(folder.with_name(folder.name + ".partial") / "weights_00000.safetensors", 100)
@@ -201,7 +201,7 @@ def test_pinned_memory_is_given_back_with_the_share(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "check_error", lambda error: None)
-    share = Share(PARTS, ALONE, pinned=True)
+    share = Share(PARTS, held(1), ALONE, pinned=True)
     pointer = next(iter(share.values.values())).data_ptr()
     assert calls == [("register", pointer, share.num_bytes, 0)]
     del share

@@ -102,8 +102,8 @@ class _Rank:
             for key in STATES:
                 self.zero.write(name, self.zero.read(name), key)
         parts = {name: part_of(parameter) for name, parameter in self.zero.parameters.items()}
-        self.saver = Saver(recipe, parts, self.zero.gather, self.ranks, None, lambda: None, device == "cuda")
-        self.share = store.Share(parts, self.ranks, device == "cuda")
+        self.saver = Saver(recipe, parts, self.zero, self.ranks, None, lambda: None, device == "cuda")
+        self.share = store.Share(parts, self.zero, self.ranks, device == "cuda")
 
     def progress(self, step: int) -> Any:
         from megacode.checkpoint.reader import Progress
@@ -117,7 +117,7 @@ class _Rank:
 
         clock, folder = [time.monotonic()], store.step_folder(self.run, step)
         store.begin(folder, self.ranks)
-        self.share.copy(self.zero.gather)
+        self.share.copy()
         clock.append(time.monotonic())
         report = self.share.write(folder)
         clock.append(time.monotonic())
@@ -183,16 +183,16 @@ class _Rank:
 
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        self.share.copy(self.zero.gather)
+        self.share.copy()
         return torch.cuda.max_memory_allocated() - before
 
     def _extra_on_cpu(self) -> int:
         from megacode.parallel.live import LiveBytes
 
         with LiveBytes() as counted:
-            self.share.copy(self.zero.gather)  # sees what is there anyway
+            self.share.copy()  # sees what is there anyway
             counted.peak = before = counted.count()
-            self.share.copy(self.zero.gather)
+            self.share.copy()
         return counted.peak - before
 
 

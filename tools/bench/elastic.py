@@ -80,7 +80,7 @@ def serve(recipe: Recipe) -> Callable[[str, int], list[float]]:
             step, step * GLOBAL_SAMPLES, zero.optimizer_step, SEED, recipe.batch.sequence_length, num_tokens=0
         )
         parts = {name: part_of(parameter) for name, parameter in zero.parameters.items()}
-        store.save(Path(folder), recipe, progress, parts, zero.gather, writer(mesh))
+        store.save(Path(folder), recipe, progress, parts, zero, writer(mesh))
 
     def answer(request: str, steps: int) -> list[float]:
         word, *folders = request.split()
