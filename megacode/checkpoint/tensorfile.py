@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from torch import Tensor
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HASHED_BYTES = 8 * 2**20
-"""Written and hashed in such pieces: the second pass over a piece finds it in the cache."""
+"""Written and hashed in such pieces, at the same time: whoever comes second finds a piece in the cache."""
 
 
 class TensorFile:
@@ -48,12 +49,12 @@ class TensorFile:
         self.path, self.num_bytes, self.sha256 = path, 0, ""
         self._declared = dict(tensors)
         self._left = iter(self._declared)
-        self._hash = hashlib.sha256()
+        self._hash, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1, "hash")
         self._file: FileIO = path.open("xb", buffering=0)
         try:
             self._write(memoryview(_header(self._declared, {"format": "pt", **(metadata or {})})))
         except BaseException:
-            self._file.close()
+            self._abandon()
             raise
 
     def __enter__(self) -> "TensorFile":
@@ -63,7 +64,7 @@ class TensorFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._file.close()
+            self._abandon()
         else:
             self.close()
 
@@ -82,18 +83,23 @@ class TensorFile:
             assert left is None, f"{left} was declared and is not written"
             os.fsync(self._file.fileno())
         finally:
-            self._file.close()
+            self._abandon()
         self.sha256 = self._hash.hexdigest()
+
+    def _abandon(self) -> None:
+        self._hasher.shutdown()
+        self._file.close()
 
     def _write(self, data: memoryview) -> None:
         for start in range(0, len(data), _HASHED_BYTES):
             piece = data[start : start + _HASHED_BYTES]
-            self._hash.update(piece)
+            hashed = self._hasher.submit(self._hash.update, piece)
             while len(piece):  # a raw file may take a part, before a disk is full
                 written = self._file.write(piece)
                 assert written is not None
                 self.num_bytes += written
                 piece = piece[written:]
+            hashed.result()
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

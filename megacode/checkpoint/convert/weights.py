@@ -1,7 +1,8 @@
-"""Weights into safetensors files of a bounded size, one tensor in memory at a time."""
+"""Weights into safetensors files of a bounded size: one tensor is written, and the next one read meanwhile."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def write_weights(
         folder: where to.
         shapes: name -> shape.
         dtype: of all of them.
-        read: gives a tensor by its name; it is asked once for each.
+        read: gives a tensor by its name; it is asked once for each, in a thread.
         file_name: (number from 0 on, how many) -> name of a file.
         max_file_bytes: largest file, unless one tensor alone is larger.
         progress: called with bytes written and bytes to write.
@@ -75,13 +76,24 @@ def write_weights(
     planned = plan_files(shapes, dtype, max_file_bytes)
     written = []
     done_bytes, total_bytes = 0, num_bytes(shapes, dtype)
+    tensors = _read_ahead(read, list(shapes))
     for number, names in enumerate(planned):
         path = folder / file_name(number, len(planned))
         with TensorFile(path, {name: (dtype, shapes[name]) for name in names}) as file:
             for name in names:
-                tensor = read(name)
+                tensor = next(tensors)
                 file.write(name, tensor)
                 done_bytes += tensor.nbytes
                 progress(done_bytes, total_bytes)
         written.append(WrittenFile(path.name, names, file.num_bytes, file.sha256))
     return written
+
+
+def _read_ahead(read: Callable[[str], Tensor], names: Sequence[str]) -> Iterator[Tensor]:
+    with ThreadPoolExecutor(1, "read") as pool:
+        coming = pool.submit(read, names[0])
+        for following in names[1:]:
+            tensor = coming.result()
+            coming = pool.submit(read, following)
+            yield tensor
+        yield coming.result()
