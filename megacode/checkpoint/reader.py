@@ -149,39 +149,43 @@ class CheckpointReader:
         """The whole parameter in the type that it is stored as, bit by bit."""
         return self._read(name, Slice(self.shape(name), 1.0), "weight")
 
-    def read_part(self, name: str, part: Slice, key: str = "weight") -> Tensor:
-        """The part that a rank of any layout holds, fp32: only the slices that overlap it are read."""
-        return self._read(name, part, key).float()
+    def read_part(self, name: str, part: Slice, key: str = "weight", rows: range | None = None) -> Tensor:
+        """The part that a rank of any layout holds, or some rows of it, fp32: nothing else is read."""
+        return self._read(name, part, key, rows).float()
 
-    def _read(self, name: str, part: Slice, key: str) -> Tensor:
+    def _read(self, name: str, part: Slice, key: str, rows: range | None = None) -> Tensor:
         entry = self.manifest["tensors"][name]
-        shape = list(entry["shape"])
+        shape, dim = entry["shape"], entry["dim"]
         assert tuple(shape) == part.shape, f"{name}: {shape} in the checkpoint, {part.shape} in the model"
-        dim = entry["dim"] if part.dim is None else part.dim
-        if dim is None:
-            return self._read_slice(entry["slices"][0]["rank"], name, key, None, 0, 0)
-        start, stop = (0, shape[dim]) if part.dim is None else (part.start, part.stop)
+        wanted = [range(size) for size in shape]
+        if part.dim is not None:
+            wanted[part.dim] = range(part.start, part.stop)
+        if rows is not None:
+            wanted[0] = wanted[0][rows.start : rows.stop]
+        slices = entry["slices"][:1] if dim is None else sorted(entry["slices"], key=lambda piece: piece["start"])
         pieces = []
-        for piece in sorted(entry["slices"], key=lambda s: s["start"]):
-            whole = entry["dim"] is None
-            low, high = (0, shape[dim]) if whole else (piece["start"], piece["stop"])
-            first, last = max(start, low), min(stop, high)
-            if first < last:
-                pieces.append(self._read_slice(piece["rank"], name, key, dim, first - low, last - low))
-        value = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-        if value.shape[dim] != stop - start:
+        for piece in slices:
+            there = [range(size) for size in shape]
+            if dim is not None:
+                there[dim] = range(piece["start"], piece["stop"])
+            common = [_common(*pair) for pair in zip(wanted, there, strict=True)]
+            if all(common):
+                pieces.append(self._read_slice(piece["rank"], name, key, common, there))
+        value = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim or 0) if pieces else torch.empty(0)
+        if list(value.shape) != [len(each) for each in wanted]:
             raise UserError(f"{self.folder}/manifest.json lacks slices of {name}; {_MEND}")
         return value
 
-    def _read_slice(self, rank: int, name: str, key: str, dim: int | None, start: int, stop: int) -> Tensor:
+    def _read_slice(self, rank: int, name: str, key: str, wanted: list[range], there: list[range]) -> Tensor:
+        """What is wanted of the slice that a rank wrote; both in the whole parameter, a range for each dimension."""
         kind, tensor = ("weights", name) if key == "weight" else ("optimizer", f"{name}.{key}")
         path = self.folder / f"{kind}_{rank:05d}.safetensors"
+        inside = [range(a.start - b.start, a.stop - b.start) for a, b in zip(wanted, there, strict=True)]
         try:
-            if dim is None:
-                return read_tensor(path, tensor)
+            if wanted[1:] == there[1:]:
+                return read_tensor(path, tensor, inside[0])
             with safe_open(path, framework="pt") as file:
-                view = file.get_slice(tensor)
-                return view[start:stop] if dim == 0 else view[:, start:stop]
+                return file.get_slice(tensor)[tuple(slice(each.start, each.stop) for each in inside)]
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read ({error}); {_MEND}") from None
 
@@ -219,6 +223,10 @@ class CheckpointReader:
                     yield f"{path} is damaged (its checksum differs)"
             except OSError as error:
                 yield f"{path} cannot be read ({error.strerror})"
+
+
+def _common(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
 def _sha256(path: Path, advance: Callable[[int], None]) -> str:

@@ -102,8 +102,8 @@ class TensorFile:
             hashed.result()
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """A tensor of a safetensors file, whole.
+def read_tensor(path: Path, name: str, rows: range | None = None) -> Tensor:
+    """A tensor of a safetensors file, or some of its rows.
 
     Raises:
         OSError: the file can't be read, or is shorter than it says.
@@ -114,7 +114,11 @@ def read_tensor(path: Path, name: str) -> Tensor:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[name]
         dtype = next(dtype for dtype, known in NAMES.items() if known == entry["dtype"])
-        return read_at(file, 8 + length + entry["data_offsets"][0], dtype, entry["shape"])
+        (start, stop), shape = entry["data_offsets"], entry["shape"]
+        if rows is not None:
+            start += (stop - start) // shape[0] * rows.start
+            shape = [len(rows), *shape[1:]]
+        return read_at(file, 8 + length + start, dtype, shape)
 
 
 def read_at(file: FileIO, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

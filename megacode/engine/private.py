@@ -422,6 +422,25 @@ def share(parameter: Any, key: str = "weight") -> tuple[int, Tensor]:
     return mapping.lp_fragment_address.start, mine.detach().to(parameter.device)
 
 
+def span(parameter: Any, key: str = "weight") -> tuple[int, int]:
+    """(start, stop) in the flattened local parameter of what `write` uses here of an Adam state, or of the weight.
+
+    Of the weight that is all where this rank computes with a copy of it.
+    """
+    zero3, numel = hasattr(parameter, "ds_id"), local_shape(parameter).numel()
+    available = not zero3 or parameter.ds_status == partition_parameters.ZeroParamStatus.AVAILABLE
+    if key == "weight" and available:
+        return 0, numel
+    if zero3:
+        size = parameter.ds_tensor.ds_numel
+        start = size * parameter.ds_process_group.rank()
+        return min(start, numel), min(start + size, numel)
+    if parameter._hp_mapping is None:
+        return 0, 0
+    address = parameter._hp_mapping.lp_fragment_address
+    return address.start, address.start + address.numel
+
+
 def read_gradient(parameter: nn.Parameter) -> Tensor:
     """The whole local reduced gradient, between a schedule and the optimizer's step. Collective over the data ranks."""
     gradient = safe_get_full_grad(parameter)

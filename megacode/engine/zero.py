@@ -186,17 +186,26 @@ class ZeroEngine:
         return private.adam_step(self.zero)
 
     @torch.no_grad()
-    def write(self, name: str, value: Tensor, key: str = "weight") -> None:
+    def write(self, name: str, value: Tensor, key: str = "weight", first_row: int = 0) -> None:
         """Set a parameter (key "weight") or an Adam state ("exp_avg", "exp_avg_sq").
 
         Args:
             name: the parameter's global name, one of `parameters`.
-            value: this tensor rank's part of it, fp32, without padding (padding becomes zero).
+            value: this tensor rank's part of it, fp32, without padding (padding becomes zero); or at least its `rows`.
+            key: what is set.
+            first_row: of the part, that `value` begins with.
         """
         parameter = self.parameters[name]
         local = torch.zeros(local_shape(parameter), dtype=torch.float32, device=value.device)
-        part_of(parameter).strip(local).copy_(value)
+        part_of(parameter).strip(local).narrow(0, first_row, len(value)).copy_(value)
         private.write(parameter, local, key)
+
+    def rows(self, name: str, key: str = "weight") -> range:
+        """The rows of this tensor rank's part of a parameter or of an Adam state that `write` uses here."""
+        parameter = self.parameters[name]
+        shape, (start, stop) = local_shape(parameter), private.span(parameter, key)
+        width, count = shape[1:].numel(), len(part_of(parameter).strip(torch.empty(shape, device="meta")))
+        return range(start // width, min(-(-stop // width), count))
 
     @torch.no_grad()
     def read(self, name: str, key: str = "weight") -> Tensor:

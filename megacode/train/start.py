@@ -121,8 +121,10 @@ def load_weights(engine: ZeroEngine, recipe: Recipe, mesh: Mesh, newest: Path | 
     for name, parameter in engine.parameters.items():
         doing(f"{'reading' if reader else 'initial values of'} {name}", patient=reader is not None)
         part = part_of(parameter)
-        whole = reader.read_part(name, part) if reader else part.take(initial_values(name, part, recipe.seed))
-        engine.write(name, whole)
+        if reader is None:
+            engine.write(name, part.take(initial_values(name, part, recipe.seed)))
+        elif rows := engine.rows(name):
+            engine.write(name, reader.read_part(name, part, rows=rows), first_row=rows.start)
     return new
 
 
@@ -137,7 +139,8 @@ def resume(engine: ZeroEngine, reader: CheckpointReader, mesh: Mesh) -> Progress
     for name, parameter in engine.parameters.items():
         doing(f"reading {name}", patient=True)
         for key in ("weight", *STATES):
-            engine.write(name, reader.read_part(name, part_of(parameter), key), key)
+            if rows := engine.rows(name, key):
+                engine.write(name, reader.read_part(name, part_of(parameter), key, rows), key, rows.start)
     return reader.progress
 
 

@@ -1,10 +1,11 @@
 """Checkpoints know no layout: saved in one, resumed in another, and bit for bit in the same."""
 
 import json
+import math
 
 import pytest
 import torch
-from support.training import deviation, parallel, recipe, reference
+from support.training import deviation, parallel, recipe, reference, values_read
 
 from megacode.checkpoint.keep import newest
 from megacode.checkpoint.reader import CheckpointReader, global_order
@@ -42,6 +43,15 @@ def test_a_checkpoint_is_the_whole_model(saved, tmp_path):
     sizes = [entry["bytes"] for file, entry in reader.manifest["files"].items() if file.startswith("weights")]
     assert len(sizes) == 8
     assert max(sizes) < 0.3 * sum(sizes)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_data_rank_reads_what_it_keeps(worlds, saved, tmp_path, zero):
+    whole = sum(math.prod(CheckpointReader(saved).shape(name)) for name in CheckpointReader(saved).names)
+    weights, moments = zip(*worlds(4).run(values_read, config(tmp_path, zero=zero), saved), strict=True)
+    # Rows are read whole. Under ZeRO-1 every rank computes with all weights, under ZeRO-3 with norms without a gather.
+    assert 2 * whole <= sum(moments) < 2.1 * whole
+    assert sum(weights) == 4 * whole if zero == 1 else whole <= sum(weights) < 1.1 * whole
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,30 @@ def parallel(
     return [outcome if mesh.zero_rank == 0 else Outcome(outcome.losses, outcome.norms, gathers=outcome.gathers), parts]
 
 
+def values_read(config: Recipe, load: Path) -> tuple[int, int]:
+    """How many values of weights and of moments this rank reads at a resume."""
+    from megacode.checkpoint.reader import CheckpointReader
+    from megacode.engine.zero import ZeroEngine, start_deepspeed
+    from megacode.parallel import mesh as meshes
+    from megacode.train.start import resume
+
+    start_deepspeed()
+    plan = fit(config, dist.get_world_size())
+    mesh = _mesh(meshes.build_mesh, plan.pipeline, plan.data, plan.tensor, plan.context)
+    engine, reader = ZeroEngine(config, plan, mesh, torch.device("cpu")), CheckpointReader(load)
+    counts, read = Counter(), reader.read_part
+
+    def counted(name: str, part: Slice, key: str, rows: range) -> torch.Tensor:
+        value = read(name, part, key, rows)
+        counts[key == "weight"] += value.numel()
+        return value
+
+    with mock.patch.object(reader, "read_part", counted):
+        resume(engine, reader, mesh)
+    engine.engine.destroy()
+    return counts[True], counts[False]
+
+
 def move(config: Recipe, load: Path, save: Path) -> int:
     """Load a checkpoint into the recipe's layout and save it from there, without a step; Adam's step count."""
     from megacode.checkpoint import store
