@@ -164,7 +164,8 @@ def _wider_heads(limit: int, task: Task) -> str | None:
 
 
 def _slow_on_hopper(task: Task) -> str | None:
-    return "triton's is faster on Hopper" if task.capability[0] == 9 and task.head_dim <= 128 else None
+    faster = task.capability[0] == 9 and _triton_attention(task) is None
+    return "triton's is faster on Hopper" if faster else None
 
 
 def _slow_off_hopper(task: Task) -> str | None:

@@ -108,7 +108,7 @@ def read_tensor(path: Path, name: str, rows: range | None = None) -> Tensor:
     Raises:
         OSError: the file can't be read, or is shorter than it says.
         KeyError: it has no such tensor.
-        ValueError: its header is no JSON.
+        ValueError: its header is no JSON, or it has fewer rows.
     """
     with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(8), "little")
@@ -116,6 +116,8 @@ def read_tensor(path: Path, name: str, rows: range | None = None) -> Tensor:
         dtype = next(dtype for dtype, known in NAMES.items() if known == entry["dtype"])
         (start, stop), shape = entry["data_offsets"], entry["shape"]
         if rows is not None:
+            if rows.stop > shape[0]:
+                raise ValueError(f"{name} has {shape[0]} rows")
             start += (stop - start) // shape[0] * rows.start
             shape = [len(rows), *shape[1:]]
         return read_at(file, 8 + length + start, dtype, shape)

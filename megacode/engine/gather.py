@@ -41,17 +41,21 @@ class Gatherer:
         """The data rank that keeps each parameter: one that has most of it, of these the one that keeps least yet.
 
         So little is sent and all write about as much: under ZeRO-1 and 2 nearly every parameter lies on one rank, under
-        ZeRO-3 all have as much of each. In the order of sizes, largest first: those that are sent together are alike.
-        Collective over the data ranks.
+        ZeRO-3 all have as much of each, but for what does not divide. The order takes the largest of each rank, then
+        the next of each: those that are copied together are alike, and no rank waits for another's. Collective over the
+        data ranks.
         """
         self._exchange_spans()
-        kept, found = [0] * self.mesh.zero_size, {}
+        size = self.mesh.zero_size
+        kept, turns = [0] * size, [0] * size
+        found: list[tuple[int, int, str]] = []
         for name in sorted(self.parameters, key=self._size, reverse=True):
             have = [stop - start for start, stop in self._spans[name]]
-            keeper = min((rank for rank in range(len(have)) if have[rank] == max(have)), key=kept.__getitem__)
-            found[name] = keeper
+            keeper = min((rank for rank in range(size) if max(have) - have[rank] < size), key=kept.__getitem__)
+            found.append((turns[keeper], keeper, name))
             kept[keeper] += self._size(name)
-        return found
+            turns[keeper] += 1
+        return {name: keeper for _, keeper, name in sorted(found)}
 
     @torch.no_grad()
     def gather(self, pieces: Sequence[Piece]) -> None:
@@ -69,6 +73,7 @@ class Gatherer:
             for stretch in landing.stretches(max(self._size(name) for name, *_ in some)):
                 with landing.next(some, stretch) as target:
                     self._exchange(some, shares, stretch, target)
+            del shares  # with an offloaded optimizer they are copies
         landing.finish()
 
     def _size(self, name: str) -> int:

@@ -201,11 +201,14 @@ class ZeroEngine:
         private.write(parameter, local, key)
 
     def rows(self, name: str, key: str = "weight") -> range:
-        """The rows of this tensor rank's part of a parameter or of an Adam state that `write` uses here."""
+        """The rows of this tensor rank's part of a parameter or of an Adam state that `write` uses here.
+
+        Where this data rank has nothing but padding, that is the last row: the padding has to be written.
+        """
         parameter = self.parameters[name]
         shape, (start, stop) = local_shape(parameter), private.span(parameter, key)
         width, count = shape[1:].numel(), len(part_of(parameter).strip(torch.empty(shape, device="meta")))
-        return range(start // width, min(-(-stop // width), count))
+        return range(min(start // width, count - 1), min(-(-stop // width), count)) if start < stop else range(0)
 
     @torch.no_grad()
     def read(self, name: str, key: str = "weight") -> Tensor:

@@ -48,10 +48,19 @@ def test_a_checkpoint_is_the_whole_model(saved, tmp_path):
 @pytest.mark.parametrize("zero", [1, 3])
 def test_a_data_rank_reads_what_it_keeps(worlds, saved, tmp_path, zero):
     whole = sum(math.prod(CheckpointReader(saved).shape(name)) for name in CheckpointReader(saved).names)
-    weights, moments = zip(*worlds(4).run(values_read, config(tmp_path, zero=zero), saved), strict=True)
+    weights, moments, _ = zip(*worlds(4).run(values_read, config(tmp_path, zero=zero), saved), strict=True)
     # Rows are read whole. Under ZeRO-1 every rank computes with all weights, under ZeRO-3 with norms without a gather.
     assert 2 * whole <= sum(moments) < 2.1 * whole
     assert sum(weights) == 4 * whole if zero == 1 else whole <= sum(weights) < 1.1 * whole
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_share_that_is_padding_alone_is_zero_after_a_load(worlds, tmp_path, zero):
+    """33 rows over two tensor ranks: of the second one's, the second data rank has nothing but padding."""
+    layout, folder = config(tmp_path, tensor=2, zero=zero), step_folder(tmp_path, 1)
+    layout = layout.model_copy(update={"model": layout.model.model_copy(update={"vocabulary": 33})})
+    worlds(4).run(parallel, layout, 1, (), None, folder)
+    assert [padded for *_, padded in worlds(4).run(values_read, layout, folder)] == [0] * 4
 
 
 @pytest.mark.parametrize(

@@ -242,9 +242,13 @@ def parallel(
     return [outcome if mesh.zero_rank == 0 else Outcome(outcome.losses, outcome.norms, gathers=outcome.gathers), parts]
 
 
-def values_read(config: Recipe, load: Path) -> tuple[int, int]:
-    """How many values of weights and of moments this rank reads at a resume."""
+def values_read(config: Recipe, load: Path) -> tuple[int, int, float]:
+    """How many values of weights and of moments this rank reads at a resume, and the largest padding after it.
+
+    Of engine memory that holds no numbers before.
+    """
     from megacode.checkpoint.reader import CheckpointReader
+    from megacode.engine import private
     from megacode.engine.zero import ZeroEngine, start_deepspeed
     from megacode.parallel import mesh as meshes
     from megacode.train.start import resume
@@ -253,6 +257,8 @@ def values_read(config: Recipe, load: Path) -> tuple[int, int]:
     plan = fit(config, dist.get_world_size())
     mesh = _mesh(meshes.build_mesh, plan.pipeline, plan.data, plan.tensor, plan.context)
     engine, reader = ZeroEngine(config, plan, mesh, torch.device("cpu")), CheckpointReader(load)
+    for values in [*engine.parameters.values(), *private.masters(engine.zero)]:
+        getattr(values, "ds_tensor", values).data.fill_(float("nan"))
     counts, read = Counter(), reader.read_part
 
     def counted(name: str, part: Slice, key: str, rows: range) -> torch.Tensor:
@@ -262,8 +268,9 @@ def values_read(config: Recipe, load: Path) -> tuple[int, int]:
 
     with mock.patch.object(reader, "read_part", counted):
         resume(engine, reader, mesh)
+    padded = max(padding(engine, name) for name in engine.parameters)
     engine.engine.destroy()
-    return counts[True], counts[False]
+    return counts[True], counts[False], padded
 
 
 def move(config: Recipe, load: Path, save: Path) -> int:

@@ -99,7 +99,7 @@ def _compile(kernel: str, tile: Tile, sizes: tuple[int, int, int]) -> str:
         _Call(*sizes).run(kernel, tile)
         torch.cuda.synchronize()
     except Exception as error:  # too much shared memory is a finding
-        return " ".join(str(error).split())[:100]
+        return " ".join(str(error).split())[:100] or type(error).__name__
     return ""
 
 
