@@ -50,28 +50,57 @@ def inspect(
 
 
 @app.command()
-def verify(path: Place, json: JsonFile = None) -> None:
+def verify(
+    path: Place,
+    every: Annotated[bool, typer.Option("--all", help="Every checkpoint of the run, the oldest first.")] = False,
+    json: JsonFile = None,
+) -> None:
     """Read a checkpoint whole and compare sizes and checksums with its manifest; every damaged file is named.
 
-    Exits with 1 if one is. Example: megacode checkpoint verify runs/mine/checkpoints/step_00001000
+    Exits with 1 if one is. Example: megacode checkpoint verify runs/mine --all
     """
-    from megacode.checkpoint.reader import CheckpointReader
-    from megacode.tools.convert import checkpoint_folder
-    from megacode.tools.prepare import reading_bar
+    from megacode.checkpoint.keep import finished
+    from megacode.tools.convert import checkpoint_folder, run_folder
 
     with json_output(json) as write:
-        reader = CheckpointReader(checkpoint_folder(path))
-        files = reader.manifest["files"]
-        num_bytes = sum(entry["bytes"] for entry in files.values())
-        with reading_bar("Verifying", num_bytes) as advance:
-            damage = list(reader.damage(advance=advance))
-        for each in damage:
-            print(f"WRONG: {each}")
-        if not damage:
-            print(f"{reader.folder}: right: {_count(len(files), 'file')}, {size(num_bytes)}")
-        write({"checkpoint": str(reader.folder), "files": len(files), "bytes": num_bytes, "damage": damage})
-    if damage:
+        newest = checkpoint_folder(path)
+        folders = finished(run_folder(path)) if every else [newest]
+        if not folders:
+            raise UserError(f"--all: {path} is one checkpoint; leave --all out, or name its run folder")
+        found = [facts for folder in folders if (facts := _verified(folder, named=every)) is not None]
+        write({"checkpoints": found} if every else found[0])
+    if any(facts["damage"] for facts in found):
         raise typer.Exit(1)
+
+
+def _verified(folder: Path, named: bool) -> dict[str, Any] | None:
+    """What comes of reading a checkpoint, which is printed; None where the run has removed it meanwhile.
+
+    Args:
+        named: one of several, so that a manifest that cannot be read is damage as well, and no end.
+    """
+    from megacode.checkpoint.reader import CheckpointReader
+    from megacode.tools.prepare import reading_bar
+
+    files: dict[str, Any] = {}
+    try:
+        reader = CheckpointReader(folder)
+    except UserError as error:
+        if not named:
+            raise
+        damage = [str(error).split("; ")[0]]
+    else:
+        files = reader.manifest["files"]
+        with reading_bar(f"Verifying {folder.name}", sum(entry["bytes"] for entry in files.values())) as advance:
+            damage = list(reader.damage(advance=advance))
+    if named and not folder.is_dir():
+        return None
+    num_bytes = sum(entry["bytes"] for entry in files.values())
+    for each in damage:
+        print(f"WRONG: {each}", flush=True)
+    if not damage:
+        print(f"{folder}: right: {_count(len(files), 'file')}, {size(num_bytes)}", flush=True)
+    return {"checkpoint": str(folder), "files": len(files), "bytes": num_bytes, "damage": damage}
 
 
 @app.command()

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from megacode.checkpoint.convert.source import Source
     from megacode.checkpoint.convert.weights import Progress
 
+    Bar = Callable[[str], Progress]
+    """A bar of a name."""
+
 app = typer.Typer(help="Convert checkpoints, in a stream and with a receipt.", no_args_is_help=True)
 
 SNIPPETS = [
@@ -95,7 +98,8 @@ def from_meta(
 ) -> None:
     """Convert Meta's own files, of 1, 2, 4 or 8 model-parallel ranks, for `checkpoint.start_from`.
 
-    The rows of q and k are put into HuggingFace's order, nothing else changes. Receipt and DST as in from-hf.
+    The rows of q and k are put into HuggingFace's order, nothing else changes. Where SRC has Meta's checklist.chk, the
+    files must have the checksums in it: swapped ones look right otherwise. Receipt and DST as in from-hf.
 
     Example: megacode convert from-meta CodeLlama-34b weights/34b
     """
@@ -121,12 +125,14 @@ def _import(
     from megacode.checkpoint.convert.source import warnings_of
 
     texts = _texts(text)
-    for warning in warnings_of(source.model):
+    for warning in warnings_of(source):
         typer.echo(f"warning: {warning}", err=True)
     source, pieces = importing.with_tokenizer(source, tokenizer, new_rows)
 
-    def write(check: Callable[[Path], None], progress: "Progress") -> None:
-        importing.convert(source, pieces, target, check=check, force=force, progress=progress)
+    def write(check: Callable[[Path], None], bar: "Bar") -> None:
+        importing.convert(
+            source, pieces, target, check=check, force=force, progress=bar("writing"), verifying=bar("checksums")
+        )
 
     def compare(folder: Path, progress: "Progress") -> "Receipt":
         return importing_receipt.check_import(source, reference, folder, texts, progress)
@@ -166,9 +172,9 @@ def to_hf(
     checkpoint = CheckpointReader(checkpoint_folder(source))
     checkpoint.verify()  # the receipt compares with what is read here, so it would not see damaged files
 
-    def write(check: Callable[[Path], None], progress: "Progress") -> None:
+    def write(check: Callable[[Path], None], bar: "Bar") -> None:
         chosen = dtype or exporting.default_dtype(checkpoint)
-        exporting.export(checkpoint, target, chosen, check=check, force=force, progress=progress)
+        exporting.export(checkpoint, target, chosen, check=check, force=force, progress=bar("writing"))
 
     def compare(folder: Path, progress: "Progress") -> "Receipt":
         return exporting_receipt.check_export(checkpoint, folder, texts, progress)
@@ -177,7 +183,7 @@ def to_hf(
 
 
 def _convert(
-    write: Callable[[Callable[[Path], None], "Progress"], None],
+    write: Callable[[Callable[[Path], None], "Bar"], None],
     compare: Callable[[Path, "Progress"], "Receipt"],
     target: Path,
     json_file: Path | None,
@@ -198,7 +204,7 @@ def _convert(
         try:
             with _bars() as bar:
                 started = time.perf_counter()
-                write(check, bar("writing"))
+                write(check, bar)
                 seconds["writing"] = time.perf_counter() - started - seconds["comparing"]
         except ConversionError as error:
             typer.echo(f"error: {error}", err=True)
@@ -247,7 +253,7 @@ def _read(path: Path) -> str:
 
 
 @contextmanager
-def _bars() -> "Iterator[Callable[[str], Progress]]":
+def _bars() -> "Iterator[Bar]":
     """On a terminal, a bar for each name that is asked for."""
     from rich.console import Console
     from rich.progress import Progress as Bars
@@ -255,8 +261,8 @@ def _bars() -> "Iterator[Callable[[str], Progress]]":
     with Bars(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bars:
 
         def bar(what: str) -> "Progress":
-            task = bars.add_task(what, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
+            task = bars.add_task(what, total=None, visible=False)
+            return lambda done, total: bars.update(task, completed=done, total=total, visible=True)
 
         yield bar
 

@@ -1,8 +1,8 @@
 """`megacode submit`: send a recipe to a SLURM cluster, in a layout that fits the nodes."""
 
-import dataclasses
 import math
 import shlex
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +16,14 @@ from megacode.errors import UserError
 from megacode.plan.hardware import HARDWARE
 from megacode.plan.layout import Layout, fit
 from megacode.plan.memory import recipe_job, worst_stage
-from megacode.plan.search import Choice, apply, search
+from megacode.plan.nearest import Places, differences, nearest
+from megacode.plan.search import apply
 from megacode.plan.units import GIB, size
 from megacode.recipe import Recipe
 from megacode.submit import job as jobs
 from megacode.submit.job import Request
 from megacode.submit.restarts import newest_step
+from megacode.tools.output import JsonFile, json_output
 from megacode.tools.plan import RESERVED_GIB, Device
 
 
@@ -42,7 +44,7 @@ def submit(
         int, typer.Option(min=0, help="GPUs of a machine, a process for each; 0 trains on CPUs.")
     ] = 8,
     tasks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Processes of a machine, with --gpus-per-node 0.")
+        int | None, typer.Option(min=1, help="Processes of a machine; needed with --gpus-per-node 0, and only there.")
     ] = None,
     device: Annotated[Device, typer.Option(help="Kind of GPU, for its memory.")] = Device.H100,
     launcher: Annotated[
@@ -60,6 +62,7 @@ def submit(
     ] = 300,
     max_restarts: Annotated[int, typer.Option(min=0, help="So often the job starts again by itself, at most.")] = 100,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, and print the command only.")] = False,
+    json: JsonFile = None,
 ) -> None:
     """Send a recipe to a SLURM cluster: it goes on by itself after time limits, preemptions and lost nodes.
 
@@ -68,44 +71,76 @@ def submit(
 
     Example: megacode submit my.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --account lab --sbatch exclusive
     """
+    _check_options(gpus_per_node, tasks_per_node, time, signal_seconds)
+    tasks = gpus_per_node or tasks_per_node
+    assert tasks is not None
+    named = {"time": time, "partition": partition, "account": account}
+    options = [f"{key}={value}" for key, value in named.items() if value is not None] + (sbatch or [])
+    request = Request(nodes, tasks, gpus_per_node, launcher.value, signal_seconds, max_restarts, options)
+    with json_output(json) as write:
+        config, layout, changed, text = _fitted(recipes.load(recipe, overrides), request, device)
+        run = Path(config.run).absolute()
+        found: dict[str, Any] = {"run": str(run), "nodes": nodes, "tasks_per_node": tasks}
+        found |= {"gpus_per_node": gpus_per_node, "step": newest_step(run), "layout": asdict(layout)}
+        found["layout"]["stages"] = [[stage.start, stage.stop] for stage in layout.stages]
+        found["changed"] = changed
+        if dry_run:
+            command = jobs.sbatch_command(request, run, jobs.SCRIPT, Path("RECIPE_COPY"))
+            typer.echo(f"{text}\n{shlex.join(command)}")
+            write({"job": None, "command": command, **found})
+            return
+        jobs.check_commands()
+        jobs.check_free(run)
+        code = jobs.code_version()
+        facts = {"recipe": str(recipe.absolute()), "overrides": overrides or [], "changed": changed, "code": code}
+        sent = jobs.send(request, config, facts)
+        typer.echo(text)  # not before: it would look as if the job were sent
+        commit = (code["commit"] or f"version {code['version']}")[:12] + (", with changes" if code["dirty"] else "")
+        typer.echo(f"job {sent.job}: {sent.recipe} (code {commit})\nlogs: {sent.log}, {config.run}/log")
+        log = {"log": str(sent.log), "rank_logs": str(run / "log" / f"job_{sent.job}_*" / "*")}
+        files = {"folder": str(sent.folder), "recipe": str(sent.recipe), "script": str(sent.script), **log}
+        write({"job": sent.job, "command": sent.command, **files, **found, "code": code})
+
+
+def _check_options(gpus_per_node: int, tasks_per_node: int | None, time: str | None, signal_seconds: int) -> None:
+    """Raises: UserError for options that do not go together."""
     if tasks_per_node is not None and gpus_per_node:
         raise UserError("--tasks-per-node is for CPUs (--gpus-per-node 0); with GPUs there is a process for each")
+    if tasks_per_node is None and not gpus_per_node:
+        raise UserError("--gpus-per-node 0 trains on CPUs; say how many processes a machine runs by --tasks-per-node")
     limit_seconds = jobs.seconds_of(time) if time is not None else None
     if limit_seconds and limit_seconds <= signal_seconds:
         raise UserError(
             f"--time {time} is over before the run has begun: it is asked to save {signal_seconds} s before that; give "
             f"it more, or a smaller --signal-seconds"
         )
-    tasks = gpus_per_node or tasks_per_node or 1
-    config = recipes.load(recipe, overrides)
-    run = Path(config.run)
-    planned = _open(config)
-    limit_bytes = (HARDWARE[device.value].memory_gib - RESERVED_GIB) * GIB if gpus_per_node else math.inf
-    changes, reason = _fitting_changes(planned, nodes, tasks, device, limit_bytes)
-    changed = _differences(config, changes)
+
+
+def _fitted(config: Recipe, request: Request, device: Device) -> tuple[Recipe, Layout, list[str], str]:
+    """The recipe in a layout that fits, the layout, what was changed for it, and what to say of it.
+
+    Raises:
+        UserError: no layout fits, or the run could not start.
+    """
+    planned, hardware = _open(config), HARDWARE[device.value]
+    nodes, tasks = request.nodes, request.tasks_per_node
+    limit_bytes = (hardware.memory_gib - RESERVED_GIB) * GIB if request.gpus_per_node else math.inf
+    places = Places(nodes, tasks, "gpus-per-node" if request.gpus_per_node else "tasks-per-node")
+    changes, reason = nearest(planned, places, limit_bytes, hardware)
+    changed = differences(config, changes)
     config, planned = apply(config, changes), apply(planned, changes)
-    layout = fit(planned, nodes * tasks)
-    if not dry_run:
-        jobs.check_commands()
-        jobs.check_free(run)
-    named = {"time": time, "partition": partition, "account": account}
-    options = [f"{key}={value}" for key, value in named.items() if value is not None] + (sbatch or [])
-    request = Request(nodes, tasks, gpus_per_node, launcher.value, signal_seconds, max_restarts, options)
-    _say_layout(layout, nodes, tasks, newest_step(run))
+    layout, step = fit(planned, nodes * tasks), newest_step(Path(config.run))
+    lines = [
+        f"{nodes} x {tasks} processes: pipeline {layout.pipeline} x data {layout.data} x context {layout.context} x "
+        f"tensor {layout.tensor}, {layout.num_micro_batches} micro-batches; "
+        f"{f'goes on from step {step}' if step else 'starts at step 0'}"
+    ]
     if reason:
-        typer.echo(f"the recipe's layout does not fit: {reason}\nchanged: {', '.join(changed)}")
+        lines += [f"the recipe's layout does not fit: {reason}", f"changed: {', '.join(changed)}"]
     needed = worst_stage(recipe_job(planned, layout)).total_bytes
     if needed > limit_bytes:
-        typer.echo(f"warning: by the plan a GPU needs {size(needed)} of {size(limit_bytes)}; see megacode plan")
-    if dry_run:
-        command = jobs.sbatch_command(request, run.absolute(), jobs.SCRIPT, Path("RECIPE_COPY"))
-        typer.echo(shlex.join(command))
-        return
-    code = jobs.code_version()
-    facts = {"recipe": str(recipe.absolute()), "overrides": overrides or [], "changed": changed, "code": code}
-    job, folder = jobs.send(request, config, facts)
-    commit = (code["commit"] or f"version {code['version']}")[:12] + (", with changes" if code["dirty"] else "")
-    typer.echo(f"job {job}: {folder}/recipe.yaml (code {commit})\nlogs: {folder.parent}/job_{job}.txt, {run}/log")
+        lines.append(f"warning: by the plan a GPU needs {size(needed)} of {size(limit_bytes)}; see megacode plan")
+    return config, layout, changed, "\n".join(lines)
 
 
 def _open(config: Recipe) -> Recipe:
@@ -140,63 +175,3 @@ def _check_checkpoint(planned: Recipe) -> None:
         return
     if planned.checkpoint.start_from is not None:
         open_weights(planned, Path(planned.checkpoint.start_from), new_stage=True)
-
-
-def _fitting_changes(
-    planned: Recipe, nodes: int, tasks: int, device: Device, limit_bytes: float
-) -> tuple[dict[str, Any], str]:
-    """What to change of the recipe, and why: `parallel` as little as can be, and of such layouts the quickest.
-
-    Raises:
-        UserError: no layout fits.
-    """
-    try:
-        fit(planned, nodes * tasks)
-    except UserError as error:
-        reason = str(error)
-    else:
-        return {}, ""
-    hardware = dataclasses.replace(HARDWARE[device.value], devices_per_node=tasks)
-    found = search(planned, nodes * tasks, limit_bytes, hardware)
-    if not found.fitting:
-        why = min(found.rejected.values(), key=lambda rejection: -rejection.count).reason
-        raise UserError(f"no layout fits {nodes} x {tasks} processes: {why}; megacode plan --search tells more")
-
-    def distance(choice: Choice) -> tuple[int, int]:
-        keys = _differences(planned, choice.changes)
-        return sum(key.startswith("parallel.") for key in keys), len(keys)
-
-    return min(found.fitting, key=distance).changes, reason
-
-
-def _differences(config: Recipe, changes: dict[str, Any]) -> list[str]:
-    """The keys that changes alter, as `key.path old -> new`."""
-    before, after = (_dump(each) for each in (config, apply(config, changes)))
-    lines = []
-    for key, value in changes.items():
-        names = [f"{key}.{name}" for name in value] if isinstance(value, dict) else [key]
-        for path in names:
-            section, _, name = path.partition(".")
-            old, new = (values[section][name] if name else values[section] for values in (before, after))
-            if old != new:
-                lines.append(f"{path} {_word(old)} -> {_word(new)}")
-    return lines
-
-
-def _dump(config: Recipe) -> dict[str, Any]:
-    """Sections and keys; policies that are left out are those that they stand for."""
-    values, parallel = config.model_dump(), config.parallel
-    values["parallel"] |= {"gather": parallel.gather_policy, "reduce": parallel.reduce_policy}
-    return values
-
-
-def _word(value: Any) -> str:
-    return "left out" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _say_layout(layout: Layout, nodes: int, tasks: int, step: int) -> None:
-    begins = f"goes on from step {step}" if step else "starts at step 0"
-    typer.echo(
-        f"{nodes} x {tasks} processes: pipeline {layout.pipeline} x data {layout.data} x context {layout.context} x "
-        f"tensor {layout.tensor}, {layout.num_micro_batches} micro-batches; {begins}"
-    )

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megacode.checkpoint import keep
+from megacode.checkpoint.earlier import mend
 from megacode.checkpoint.reader import STATES, CheckpointReader
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
@@ -45,13 +46,17 @@ def open_weights(recipe: Recipe, checkpoint: Path, new_stage: bool = False) -> C
     for key in type(reader.model).model_fields:
         here, there = getattr(recipe.model, key), getattr(reader.model, key)
         if here != there and key not in free:
-            mend = "change the one, or name another checkpoint.start_from"
+            change = "change the one, or name another checkpoint.start_from"
             if not new_stage:
-                mend = "change it back, or " + (
+                change = "change it back, or " + (
                     new_stage_from(checkpoint) if key == "rope_theta" else "name another `run`"
                 )
-            raise UserError(f"model.{key} is {here} and {checkpoint} has {there}; {mend}")
-    if Path(recipe.tokenizer.path).read_bytes() != reader.tokenizer_path.read_bytes():
+            raise UserError(f"model.{key} is {here} and {checkpoint} has {there}; {change}")
+    try:
+        theirs = reader.tokenizer_path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{reader.tokenizer_path} cannot be read ({error.strerror}); {mend(checkpoint)}") from None
+    if Path(recipe.tokenizer.path).read_bytes() != theirs:
         key = "checkpoint.start_from" if new_stage else "`run` folder"
         raise UserError(f"tokenizer.path differs from the tokenizer of {checkpoint}; name that one, or another {key}")
     return reader

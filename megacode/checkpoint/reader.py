@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megacode.checkpoint.earlier import is_of_a_run, mend
 from megacode.checkpoint.tensorfile import read_tensor
 from megacode.errors import UserError
 from megacode.model.layers import Slice
@@ -26,7 +27,6 @@ STATES = ("exp_avg", "exp_avg_sq")
 OPTIMIZER = "adamw"
 """Whose states these are."""
 _READ_BYTES = 8 * 2**20
-_MEND = "remove the folder to go on from an earlier one"
 _KEYS = {"tensors": {"shape", "dim", "slices"}, "files": {"bytes", "sha256"}}
 """What each entry of a section of the manifest has."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,7 +76,7 @@ def _other(folder: Path) -> str:
     for name, word in (("config.json", "from-hf"), ("params.json", "from-meta")):
         if (folder / name).is_file():
             return f"megacode convert {word} {folder} FOLDER makes one of it"
-    return "name a step_* folder of a run, or a converted one"
+    return mend(folder) if is_of_a_run(folder) else "name a step_* folder of a run, or a converted one"
 
 
 class CheckpointReader:
@@ -104,14 +104,14 @@ class CheckpointReader:
                 f"{folder} holds no checkpoint (manifest.json: {error.strerror}); {_other(self.folder)}"
             ) from None
         except ValueError:
-            raise UserError(f"{path} is damaged (not JSON); {_MEND}") from None
+            raise UserError(f"{path} is damaged (not JSON); {mend(self.folder)}") from None
         if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
             raise UserError(f"{path} has format {manifest['format']}, this megacode reads {FORMAT}")
         try:
             self._take(manifest)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")
-            raise UserError(f"{path} is damaged ({reason}); {_MEND}") from None
+            raise UserError(f"{path} is damaged ({reason}); {mend(self.folder)}") from None
 
     def _take(self, manifest: dict[str, Any]) -> None:
         self.manifest = manifest
@@ -173,7 +173,7 @@ class CheckpointReader:
                 pieces.append(self._read_slice(piece["rank"], name, key, common, there))
         value = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim or 0) if pieces else torch.empty(0)
         if list(value.shape) != [len(each) for each in wanted]:
-            raise UserError(f"{self.folder}/manifest.json lacks slices of {name}; {_MEND}")
+            raise UserError(f"{self.folder}/manifest.json lacks slices of {name}; {mend(self.folder)}")
         return value
 
     def _read_slice(self, rank: int, name: str, key: str, wanted: list[range], there: list[range]) -> Tensor:
@@ -187,7 +187,7 @@ class CheckpointReader:
             with safe_open(path, framework="pt") as file:
                 return file.get_slice(tensor)[tuple(slice(each.start, each.stop) for each in inside)]
         except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); {_MEND}") from None
+            raise UserError(f"{path} cannot be read ({error}); {mend(self.folder)}") from None
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Compare sizes and checksums of every `shares`-th file with the manifest.
@@ -196,7 +196,7 @@ class CheckpointReader:
             UserError: a file is missing, shortened or altered.
         """
         for problem in self.damage(share, shares):
-            raise UserError(f"{problem}; {_MEND}")
+            raise UserError(f"{problem}; {mend(self.folder)}")
 
     def damage(
         self, share: int | None = 0, shares: int = 1, advance: Callable[[int], None] = lambda count: None

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -90,6 +91,19 @@ def search(recipe: Recipe, num_devices: int, limit_bytes: float, hardware: Hardw
     return found
 
 
+def shareable(recipe: Recipe, num_devices: int) -> bool:
+    """Whether a layout fits a number of devices, whatever memory it needs."""
+    for tensor in _divisors(num_devices, LARGEST_TENSOR):
+        for pipeline in _divisors(num_devices // tensor, recipe.model.layers):
+            for axes in _axes(recipe, tensor, pipeline, num_devices // (tensor * pipeline)):
+                if axes["virtual_stages"] > 1 or axes["sequence"]:  # such a layout fits without as well
+                    continue
+                with suppress(UserError):
+                    fit(apply(recipe, {"parallel": axes, "batch": {"micro_samples": 1}}), num_devices)
+                    return True
+    return False
+
+
 def apply(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """The recipe with some keys changed; what `changes` holds is valid by construction."""
     update: dict[str, Any] = {}
@@ -169,11 +183,15 @@ def _candidates(recipe: Recipe, num_devices: int, offload: bool) -> Iterator[dic
                         }
 
 
+def contexts(recipe: Recipe) -> list[int]:
+    """Numbers of context ranks that are tried."""
+    length = recipe.batch.sequence_length
+    return sorted({c for c in CONTEXTS if c == 1 or length // c >= LEAST_CONTEXT_TOKENS} | {recipe.parallel.context})
+
+
 def _axes(recipe: Recipe, tensor: int, pipeline: int, replicas: int) -> Iterator[dict[str, Any]]:
     """How `replicas` x tensor x pipeline ranks can share the model and the sequences."""
-    length = recipe.batch.sequence_length
-    contexts = {c for c in CONTEXTS if c == 1 or length // c >= LEAST_CONTEXT_TOKENS} | {recipe.parallel.context}
-    for context in sorted(contexts):
+    for context in contexts(recipe):
         if replicas % context:
             continue
         for virtual in VIRTUAL_STAGES if pipeline > 1 else (1,):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,22 @@ def check_free(run: Path) -> None:
             )
 
 
-def send(request: Request, recipe: Recipe, facts: Mapping[str, Any]) -> tuple[str, Path]:
-    """Copy recipe and script to RUN/slurm/TIME, and send the job. Returns: the job and that folder.
+@dataclass(frozen=True)
+class Sent:
+    """A job that SLURM has taken."""
+
+    job: str
+    folder: Path
+    """RUN/slurm/TIME, with copies of recipe and script."""
+    recipe: Path
+    script: Path
+    log: Path
+    """Of the batch script."""
+    command: list[str]
+
+
+def send(request: Request, recipe: Recipe, facts: Mapping[str, Any]) -> Sent:
+    """Copy recipe and script to RUN/slurm/TIME, and send the job. Nothing is left of one that is refused.
 
     Args:
         recipe: what will run.
@@ -137,28 +152,46 @@ def send(request: Request, recipe: Recipe, facts: Mapping[str, Any]) -> tuple[st
     """
     run = Path(recipe.run).absolute()
     folder = run / FOLDER / time.strftime("%Y%m%d-%H%M%S")
+    script, copy = folder / SCRIPT.name, folder / "recipe.yaml"
+    command = sbatch_command(request, run, script, copy)
+    foreign = {key for key in os.environ if key.startswith("SLURM_")} - set(OWN_VARIABLES)
+    environment = {key: value for key, value in os.environ.items() if key not in foreign}
+    new = [path for path in folder.parents if not path.exists()]
     try:
         folder.mkdir(parents=True)
-        shutil.copyfile(SCRIPT, folder / SCRIPT.name)
-        recipe.save(folder / "recipe.yaml")
     except FileExistsError:
         raise UserError(f"run: another job of {run} is being sent in this second; wait for it") from None
     except OSError as error:
-        raise UserError(f"run: cannot write {folder}: {error.strerror}; mend that or name another folder") from None
-    command = sbatch_command(request, run, folder / SCRIPT.name, folder / "recipe.yaml")
-    foreign = {key for key in os.environ if key.startswith("SLURM_")} - set(OWN_VARIABLES)
-    environment = {key: value for key, value in os.environ.items() if key not in foreign}
+        _remove(folder, new)
+        raise _unwritable(folder, error) from None
     try:
+        shutil.copyfile(SCRIPT, script)
+        recipe.save(copy)
         job = _call(*command, environment=environment).strip().split(";")[0]
+    except OSError as error:
+        _remove(folder, new)
+        raise _unwritable(folder, error) from None
     except UserError as error:
         if "timed out" in str(error):  # the controller may have taken it, and start it
             told = f"{error}; but first see whether squeue shows the job: what it needs stays in {folder}"
             raise UserError(told) from None
-        shutil.rmtree(folder)
+        _remove(folder, new)
         raise
     line = {"job": job, "unix_time": time.time(), "folder": str(folder), "command": command, **facts}
     append_line(run / FOLDER / "jobs.jsonl", line)
-    return job, folder
+    return Sent(job, folder, copy, script, run / FOLDER / f"job_{job}.txt", command)
+
+
+def _remove(folder: Path, new: Sequence[Path]) -> None:
+    """Remove a folder, and those above it that were new with it and hold nothing else, the innermost first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in new:
+        with suppress(OSError):
+            path.rmdir()
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"run: cannot write {folder}: {error.strerror}; mend that or name another folder")
 
 
 def code_version() -> dict[str, Any]:
@@ -183,6 +216,8 @@ def _call(*command: str, environment: Mapping[str, str] | None = None) -> str:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} timed out after a minute; try again") from None
+    except OSError as error:
+        raise UserError(f"{command[0]} cannot be started: {error.strerror}; mend SLURM's commands on PATH") from None
     if done.returncode:
         raise UserError(f"{command[0]} refused: {' '.join(done.stderr.split())}")
     return done.stdout

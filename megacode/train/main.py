@@ -184,8 +184,8 @@ class Run:
         """Rank 0 opens the run's files and says what starts."""
         doing("opening the run's files")
         steps = self.recipe.schedule.steps
-        what = f"resuming from {newest}" if newest else f"starting from {start.describe_weights(self.recipe)}"
-        print(f"{what} at step {step}", flush=True)
+        fresh = f"starting at step {step} from {start.describe_weights(self.recipe)}" if newest is None else ""
+        print(fresh or f"resuming from {newest} at step {step}", flush=True)
         for operation, reason in reasons.items():
             print(f"{operation} by {facts['backends'][operation]} ({reason})", flush=True)
         for name, source in facts["data"]["sources"].items():

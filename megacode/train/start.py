@@ -98,7 +98,7 @@ def describe_weights(recipe: Recipe) -> str:
     if recipe.checkpoint.start_from is None:
         return f"random weights of seed {recipe.seed}"
     reader = CheckpointReader(Path(recipe.checkpoint.start_from))
-    text = f"the weights of {reader.folder} (step {reader.step})"
+    text = f"the weights of {reader.folder}" + (f" (its step {reader.step})" if reader.step else "")  # 0: converted
     if recipe.model.rope_theta != reader.model.rope_theta:
         text += f", with model.rope_theta {recipe.model.rope_theta:g} instead of {reader.model.rope_theta:g}"
     return text

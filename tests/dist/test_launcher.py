@@ -73,6 +73,8 @@ def straight(recipe):
     run = recipe.parent / "straight"
     done = launch(recipe, f"run={run}")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.stdout + done.stderr).count("starting at step 0 from random weights of seed 0\n") == 1
+    assert (done.stdout + done.stderr).count("at step 0") == 1
     return run
 
 
@@ -276,7 +278,8 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_2(recipe, straight):
     done = run_ranks(recipe, f"run={run}", "schedule.steps=9", world_size=2)
     assert done.codes == [2, 2], done.output[-3000:]
     assert done.output.count("error: ") == 1
-    assert "weights_00003.safetensors is damaged" in done.output
+    mend = f"the run has an earlier one: move {newest(run)} away, and the next start takes step 4"
+    assert f"error: {file} is damaged (its checksum differs); {mend}\n" in done.output
     assert "Traceback" not in done.output
     assert status(run)["outcome"] == "failed"
 

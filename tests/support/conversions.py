@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ def write_meta(
             content[theirs] = tensor.clone() if dim is None else tensor.chunk(num_files, dim)[number].clone()
         torch.save(content, folder / f"consolidated.{number:02d}.pth")
     return folder
+
+
+def write_checklist(folder: Path) -> Path:
+    """Meta's checklist.chk of such a folder, by md5sum itself."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != "checklist.chk")
+    done = subprocess.run(["md5sum", *names], cwd=folder, check=True, capture_output=True)
+    (folder / "checklist.chk").write_bytes(done.stdout)
+    return folder / "checklist.chk"
 
 
 def _meta(name: str) -> tuple[str, int | None]:

@@ -51,7 +51,8 @@ class Submitter:
     def start(self, run: Path, *arguments: str, nodes: int = 2) -> subprocess.CompletedProcess:
         """The command as it ends, well or not."""
         command = [sys.executable, "-c", "from megacode.cli import main; main()", "submit", str(self.recipe)]
-        options = ["--nodes", str(nodes), "--gpus-per-node", "0", f"run={run}"]
+        places = [] if "--gpus-per-node" in arguments else ["--gpus-per-node", "0", "--tasks-per-node", "1"]
+        options = ["--nodes", str(nodes), *places, f"run={run}"]
         environment = {
             **os.environ, **self.cluster.environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": str(random.randint(30000, 60000)),

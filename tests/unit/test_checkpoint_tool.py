@@ -102,6 +102,34 @@ def test_verify_names_every_damaged_file(run):
     ]
 
 
+def test_verify_all_has_a_line_for_each_checkpoint(tmp_path):
+    for step in range(1, 5):
+        save_step(tmp_path, step)
+    first, second, third, fourth = (step_folder(tmp_path, step) for step in range(1, 5))
+    for path in (tmp_path, tmp_path / "checkpoints"):
+        result = call("verify", path, "--all")
+        assert result.exit_code == 0
+        lines = result.stdout.splitlines()
+        assert [line.split(": right: 3 files, ")[0] for line in lines] == list(map(str, (first, second, third, fourth)))
+    cut(second)
+    (third / "manifest.json").write_text("{")
+    result = call("verify", tmp_path, "--all")
+    assert result.exit_code == 1
+    assert [line.split(": right")[0] for line in result.stdout.splitlines()] == [
+        str(first),
+        f"WRONG: {second}/weights_00000.safetensors has not the size that it was written with",
+        f"WRONG: {third}/manifest.json is damaged (not JSON)",
+        str(fourth),
+    ]
+    assert call("verify", tmp_path).exit_code == 0, "the newest is right"
+    found = json.loads(call("verify", tmp_path, "--all", "--json", "-").stdout)["checkpoints"]
+    assert [(each["checkpoint"], len(each["damage"])) for each in found] == [
+        (str(first), 0), (str(second), 1), (str(third), 1), (str(fourth), 0),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"--all: .* is one checkpoint; leave --all out, or name its run folder"):
+        raise call("verify", fourth, "--all").exception
+
+
 def test_prune_removes_what_the_recipe_would(tmp_path):
     for step in range(1, 7):
         save_step(tmp_path, step)

@@ -1,16 +1,17 @@
 """`megacode convert from-meta`: Meta's files against HuggingFace's of the same weights; what is refused."""
 
+import hashlib
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.conversions import base_tokenizer, shape, weights, write_hf, write_meta
+from support.conversions import base_tokenizer, shape, weights, write_checklist, write_hf, write_meta
 from support.exports import train_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from megacode.checkpoint.convert import exporting_receipt, importing_receipt
+from megacode.checkpoint.convert import checklist, exporting_receipt, importing_receipt
 from megacode.checkpoint.convert.folder import RECEIPT, temporary_folder
 from megacode.checkpoint.convert.meta_source import feed_forward_width, to_halves, to_pairs
 from megacode.checkpoint.reader import CheckpointReader
@@ -181,6 +182,82 @@ def test_wrong_sources_are_refused(tmp_path, model, tensors, tokenizer, spoil, n
     source = write_meta(tmp_path / "meta", model, tensors, tokenizer, 2)
     spoil(source)
     assert named in refusal(source, tmp_path / "own")
+
+
+def swap(first, second):
+    def spoil(source):
+        (source / first).rename(source / "aside")
+        (source / second).rename(source / first)
+        (source / "aside").rename(source / second)
+
+    return spoil
+
+
+def listed(old, new):
+    def spoil(source):
+        path = source / "checklist.chk"
+        path.write_text(path.read_text().replace(old, new))
+
+    return spoil
+
+
+NEXT = "consolidated.01.pth"
+UNLISTED = [
+    (swap("consolidated.00.pth", NEXT), r"consolidated.00.pth is consolidated.01.pth by its md5 (checklist.chk)"),
+    (respell(1, lambda content: content[Q].neg_()), f"{NEXT} has another md5 than there (checklist.chk); fetch it"),
+    (params(max_seq_len=4096), "params.json has another md5 than there (checklist.chk); fetch it again, and checklist"),
+    (listed("  consolidated.01", " ../consolidated.01"), "checklist.chk: line 2 is none of md5sum's; fetch it again"),
+    (listed("  consolidated.01", "  consolidated.02"), f"only the folder has {NEXT}; fetch checklist.chk again"),
+    (lambda source: (source / NEXT).rename(source / "01.pth"), "a file is missing or of another model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "named"), UNLISTED, ids=[named for _, named in UNLISTED])
+def test_files_that_are_not_those_of_the_checklist(tmp_path, model, tensors, tokenizer, spoil, named):
+    """Swapped files have tensors of the right names and shapes, and norms that all have whole."""
+    source = write_meta(tmp_path / "meta", model, tensors, tokenizer, 2)
+    write_checklist(source)
+    spoil(source)
+    assert named in refusal(source, tmp_path / "own")
+
+
+def test_a_file_that_only_the_checklist_has(tmp_path, model, tensors, tokenizer):
+    source = write_meta(tmp_path / "meta", model, tensors, tokenizer, 1)
+    sums = write_checklist(source)
+    sums.write_text(f"{sums.read_text()}{'0' * 32} *{NEXT}\n")
+    assert f"only checklist.chk has {NEXT}; fetch that file again" in refusal(source, tmp_path / "own")
+
+
+def test_the_receipt_says_whether_there_was_a_checklist(tmp_path, model, tensors, tokenizer):
+    source = write_meta(tmp_path / "meta", model, tensors, tokenizer, 2)
+    sums = write_checklist(source)
+    sums.write_text(f"{sums.read_text()}{'0' * 32}  not_here.txt\n".replace("  params", " *params"))
+    result = convert("from-meta", source, tmp_path / "own")
+    assert (result.exit_code, result.stderr) == (0, "")
+    receipt = json.loads((tmp_path / "own" / RECEIPT).read_text())
+    names = "consolidated.00.pth, consolidated.01.pth, params.json, tokenizer.model"
+    assert receipt["origins"]["files"] == f"md5 of {names} as in checklist.chk"
+    assert receipt["warnings"] == []
+    sums.unlink()
+    swap("consolidated.00.pth", NEXT)(source)
+    result = convert("from-meta", source, tmp_path / "swapped")
+    warning = f"{source} has no checklist.chk, so the order of the files is not proved: two of its 2 consolidated files"
+    assert result.stderr.startswith(f"warning: {warning}")
+    assert result.stderr.count("\n") == 1
+    receipt = json.loads((tmp_path / "swapped" / RECEIPT).read_text())
+    assert receipt["origins"]["files"] == "no checklist.chk to compare with"
+    assert [each.startswith(warning) for each in receipt["warnings"]] == [True]
+
+
+def test_progress_of_the_checksums(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(40 * 2**20))
+    (tmp_path / "b").write_bytes(b"12")
+    sums = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in "ab"}
+    told = []
+    checklist.compare(tmp_path, sums, lambda *counts: told.append(counts))
+    assert sorted(told) == told
+    assert told[-1] == (40 * 2**20 + 2, 40 * 2**20 + 2)
+    assert len(told) == 4
 
 
 def test_an_option_does_not_contradict_the_file(tmp_path, model, tensors, tokenizer):

@@ -70,7 +70,7 @@ def test_it_takes_a_file_in_every_command():
     data = {("data", name) for name in ("inspect", "replay", "verify")}
     checkpoint = {("checkpoint", name) for name in ("inspect", "prune", "verify")}
     convert = {("convert", name) for name in ("from-hf", "from-meta", "to-hf")}
-    assert set(found) == data | checkpoint | convert | {("doctor",), ("plan",), ("schedule",), ("verify",)}
+    assert set(found) == data | checkpoint | convert | {("doctor",), ("plan",), ("schedule",), ("submit",), ("verify",)}
     for bench in (communication, kernels, loading, memory, optimizer, pipeline, scaling, train_cpu, train_gpu):
         one = typer.Typer()
         one.command()(bench.main)

@@ -108,8 +108,13 @@ def test_a_new_stage_may_have_another_base_of_rotary_positions(first_stage, tmp_
     config = second_stage(first_stage, tmp_path, rope_theta=1e6, max_positions=16384)
     check(config, monkeypatch)
     assert start.describe_weights(config) == (
-        f"the weights of {first_stage.folder} (step 7), with model.rope_theta 1e+06 instead of 10000"
+        f"the weights of {first_stage.folder} (its step 7), with model.rope_theta 1e+06 instead of 10000"
     )
+
+
+def test_converted_weights_have_no_step(tmp_path):
+    converted = write_checkpoint(tmp_path, step=0)
+    assert start.describe_weights(second_stage(converted, tmp_path / "run")) == f"the weights of {converted.folder}"
 
 
 def test_a_new_stage_has_the_same_model_otherwise(first_stage, tmp_path, monkeypatch):

@@ -214,7 +214,7 @@ def test_a_shard_that_the_manifest_does_not_name_is_missing(tmp_path):
     manifest = json.loads((newest(tmp_path) / "manifest.json").read_text())
     del manifest["files"]["optimizer_00000.safetensors"]
     (newest(tmp_path) / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest.json names no optimizer_00000.safetensors; remove the folder"):
+    with pytest.raises(UserError, match=r"manifest.json names no optimizer_00000.safetensors; the run has no earlier"):
         CheckpointReader(newest(tmp_path)).verify()
 
 

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from megacode import recipe as recipes
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
+from megacode.plan.hardware import HARDWARE
+from megacode.plan.nearest import Places, nearest
 from megacode.submit import job as jobs
 from megacode.submit.restarts import begin
 from megacode.tools.submit import submit
@@ -100,7 +102,29 @@ def test_memory_that_is_too_small_is_told(run):
     sizes = ["batch.global_samples=1048576", "batch.micro_samples=1048576"]
     _, warning, _ = run("--nodes=1", "--gpus-per-node=1", *sizes)
     assert warning.startswith("warning: by the plan a GPU needs ")
-    assert not any("warning" in line for line in run("--nodes=1", "--gpus-per-node=0", *sizes))
+    assert not any("warning" in line for line in run("--nodes=1", "--gpus-per-node=0", "--tasks-per-node=1", *sizes))
+
+
+def test_what_no_layout_fits_is_said_in_the_users_own_words(run):
+    """Not in those of a layout that was tried; with the number of nodes that would do."""
+    told = (
+        r"^no layout fits --nodes 1000 x --gpus-per-node 8 = 8000 processes: they must be a product of data ranks, "
+        r"which divide batch.global_samples \(16\), tensor ranks, which divide model.heads \(4\), model.kv_heads \(2\) "
+        r"and model.ffn \(176\), and pipeline ranks, at most model.layers \(4\); --nodes 16 is the largest smaller "
+        r"number that fits$"
+    )
+    with pytest.raises(UserError, match=told):
+        run("--nodes", 1000, "--gpus-per-node", 8)
+    assert run("--nodes", 16, "--gpus-per-node", 8)
+    with pytest.raises(UserError, match="no layout fits"):
+        run("--nodes", 17, "--gpus-per-node", 8)
+
+
+def test_where_memory_is_what_lacks(recipe):
+    config = recipes.load(recipe, ["parallel.tensor=4", "model.vocabulary=616"])
+    least = r"needs least memory \(tensor 1 pipeline 2 .*\) takes 3.\d+ MiB of 1000 B a GPU; take more nodes"
+    with pytest.raises(UserError, match=rf"^no layout fits --nodes 2 x --gpus-per-node 1 = 2 processes: .* {least}"):
+        nearest(config, Places(2, 1, "gpus-per-node"), 1000, HARDWARE["H100"])
 
 
 @pytest.mark.parametrize(
@@ -113,8 +137,9 @@ def test_memory_that_is_too_small_is_told(run):
         (["data.valid=/nowhere/valid"], "/nowhere/valid"),
         (["checkpoint.start_from=/nowhere/c"], "/nowhere/c holds no checkpoint"),
         (["--tasks-per-node=2"], "--tasks-per-node is for CPUs"),
+        (["--gpus-per-node=0"], "trains on CPUs; say how many processes a machine runs by --tasks-per-node"),
         (["--time=5"], "--time 5 is over before the run has begun: it is asked to save 300 s before that"),
-        (["--gpus-per-node=7"], "no layout fits 1 x 7 processes: "),
+        (["--gpus-per-node=7"], r"--gpus-per-node 7 = 7 processes: .*; no smaller number of nodes does; give another"),
         (["--gpus-per-node=1", "model.hidden=1048576"], "run: a checkpoint takes "),
         (
             ["--gpus-per-node=1", "--sbatch", "--array=0-3"],
@@ -190,11 +215,50 @@ def test_a_job_that_may_have_been_taken_keeps_its_folder(run, cluster, tmp_path)
         run("--nodes=1", "--gpus-per-node=1", dry=False)
     (folder,) = (tmp_path / "run" / "slurm").iterdir()
     assert (folder / "recipe.yaml").exists()
-    shutil.rmtree(tmp_path / "run")
-    cluster(sbatch="echo sbatch: error: invalid partition >&2; exit 1")
-    with pytest.raises(UserError, match="sbatch refused: "):
-        run("--nodes=1", "--gpus-per-node=1", dry=False)
-    assert not list((tmp_path / "run" / "slurm").iterdir())
+
+
+REFUSED = "sbatch: error: Batch job submission failed: Invalid partition name specified"
+
+
+def test_nothing_is_left_of_a_job_that_is_refused(run, recipe, cluster, tmp_path, monkeypatch):
+    """The only line is the error, with sbatch's own reason: what comes before it would look like success."""
+    options = ["--nodes=1", "--gpus-per-node=1", "--sbatch", "qos=none"]
+    cluster(sbatch=f"echo '{REFUSED}' >&2; exit 1")
+    deep = tmp_path / "a" / "b"
+    result = CliRunner().invoke(APP, [str(recipe), f"run={deep}", *options])
+    assert str(result.exception) == f"sbatch refused: {REFUSED}"
+    assert result.output == ""
+    assert not deep.parent.exists()
+    (tmp_path / "sbatch").write_text("no program")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="sbatch cannot be started: Exec format error; mend"):
+        run(*options, dry=False)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="sbatch cannot be started"):
+        run(*options, dry=False)
+    with pytest.raises(UserError, match="--sbatch nodes: the layout is fitted"):
+        run(*options, "--sbatch", "nodes=3", dry=False)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"], "what was there stays"
+
+
+def test_as_json(recipe, cluster, tmp_path):
+    cluster(sbatch="echo 5")
+    words = [str(recipe), f"run={tmp_path}/run", "--nodes=2", "--gpus-per-node=4", "--json", "-"]
+    dry = json.loads(CliRunner().invoke(APP, [*words, "--dry-run"]).stdout)
+    assert (dry["job"], dry["command"][0], "folder" in dry) == (None, "sbatch", False)
+    found = json.loads(CliRunner().invoke(APP, words).stdout)
+    (folder,) = (path for path in (tmp_path / "run" / "slurm").iterdir() if path.is_dir())
+    assert {key: found[key] for key in ("job", "nodes", "tasks_per_node", "gpus_per_node", "step", "changed")} == {
+        "job": "5", "nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "step": 0, "changed": [],
+    }  # fmt: skip
+    files = {"folder": "", "recipe": "/recipe.yaml", "script": "/train.sbatch"}
+    assert {key: found[key] for key in files} == {key: f"{folder}{name}" for key, name in files.items()}
+    assert found["log"] == f"{tmp_path}/run/slurm/job_5.txt"
+    assert found["rank_logs"] == f"{tmp_path}/run/log/job_5_*/*"
+    layout = found["layout"]
+    assert [layout[axis] for axis in ("pipeline", "data", "context", "tensor", "stages")] == [1, 8, 1, 1, [[0, 4]]]
+    assert found["command"] == json.loads((tmp_path / "run" / "slurm" / "jobs.jsonl").read_text())["command"]
 
 
 def test_a_job_that_was_sent_by_hand_counts(run, cluster, tmp_path):

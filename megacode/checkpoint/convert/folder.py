@@ -48,6 +48,9 @@ def written_beside(
     except OSError as error:
         shutil.rmtree(written, ignore_errors=True)
         raise _not_writable(folder, error) from None
+    except UserError:
+        shutil.rmtree(written, ignore_errors=True)
+        raise
     check(written)
     _check_target(folder, force)  # the conversion of a large model takes long enough to put something there
     try:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megacode.checkpoint.convert.source import Source
+from megacode.checkpoint.convert.weights import Progress
 from megacode.data.tokenizer import NUM_APPENDED_ROWS
 
 NewRows = Literal["mean", "normal"]
@@ -21,7 +22,7 @@ class Grown:
     def __init__(self, source: Source, new_rows: NewRows) -> None:
         self.source, self.new_rows = source, new_rows
         self.kind, self.folder, self.dtype = source.kind, source.folder, source.dtype
-        self.carried = source.carried
+        self.carried, self.warnings = source.carried, source.warnings
         assert source.model.vocabulary is not None
         self.old_rows = source.model.vocabulary
         self.model = source.model.model_copy(update={"vocabulary": self.old_rows + NUM_APPENDED_ROWS})
@@ -29,6 +30,9 @@ class Grown:
             **source.origins,
             "new_rows": f"{NUM_APPENDED_ROWS}, {new_rows} of the {self.old_rows} old ones",
         }
+
+    def verify(self, progress: Progress) -> None:
+        self.source.verify(progress)
 
     def pieces(self, name: str) -> list[Tensor]:
         return self.source.pieces(name)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megacode.checkpoint.convert.source import model_of, read_settings, shapes_of
 from megacode.checkpoint.convert.stored import Found, StoredFile, check_tensors, open_stored
+from megacode.checkpoint.convert.weights import Progress
 from megacode.errors import UserError
 from megacode.recipe import ModelSection
 
@@ -52,6 +53,7 @@ class HfSource:
         self.folder = folder
         path = folder / "config.json"
         self.model, self.origins = read_config(path, read_settings(path), rope_theta)
+        self.warnings: list[str] = []
         self.carried = [folder / name for name in CARRIED if (folder / name).is_file()]
         self._check_settings()
         self._files: dict[str, StoredFile] = {}
@@ -72,6 +74,9 @@ class HfSource:
             if wrong:
                 raise UserError(f"{path}: {wrong[0]}; put the id of a row there, or null")
         tokenizer_rows(self.folder)
+
+    def verify(self, progress: Progress) -> None:
+        """No checksums come with these files."""
 
     def pieces(self, name: str) -> list[Tensor]:
         return [self._files[name].read(name)]

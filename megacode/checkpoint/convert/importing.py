@@ -64,6 +64,7 @@ def convert(
     force: bool = False,
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: Report = lambda done, total: None,
+    verifying: Report = lambda done, total: None,
 ) -> None:
     """Write `folder`: the weights in the source's own type, the tokenizer, and what an export needs of the source.
 
@@ -75,10 +76,11 @@ def convert(
         force: replace an earlier conversion.
         max_file_bytes: largest file of weights, unless one parameter alone is larger.
         progress: called with bytes written and bytes to write.
+        verifying: called before that with bytes compared with the source's own checksums, and bytes to compare.
 
     Raises:
         UserError: the target is taken, or lies in the source or around it, the disk too small or not writable, or
-            a file of the source damaged.
+            a file of the source damaged or not what its checksum says.
     """
     shapes = shapes_of(source.model)
 
@@ -87,6 +89,7 @@ def convert(
 
     needed_bytes = num_bytes(shapes, source.dtype)
     with written_beside(folder, source=source.folder, force=force, needed_bytes=needed_bytes, check=check) as written:
+        source.verify(verifying)
         files = write_weights(
             written, shapes, source.dtype, read, _file_name, max_file_bytes=max_file_bytes, progress=progress
         )

@@ -67,7 +67,7 @@ def check_import(
         step=0,
         dtype=dtype_name(checkpoint.dtype),
         origins=source.origins,
-        warnings=warnings_of(source.model),
+        warnings=warnings_of(source),
         known={name: entry["sha256"] for name, entry in checkpoint.manifest["files"].items()},
     )
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megacode.checkpoint.convert.checklist import compare, read_checklist
 from megacode.checkpoint.convert.source import model_of, read_settings, shapes_of
 from megacode.checkpoint.convert.stored import Found, StoredFile, check_tensors, open_stored
+from megacode.checkpoint.convert.weights import Progress
 from megacode.checkpoint.tensorfile import sha256
 from megacode.errors import UserError
 from megacode.recipe import ModelSection
@@ -109,6 +111,20 @@ class MetaSource:
         self._dims = dict(meta_name(name) for name in shapes)
         self.dtype = self._check(shapes)
         self.carried = [path]
+        self._sums = read_checklist(folder, [file.path.name for file in self._files])
+        self.origins["files"] = "no checklist.chk to compare with"
+        self.warnings = []
+        if self._sums is not None:
+            self.origins["files"] = f"md5 of {', '.join(sorted(self._sums))} as in checklist.chk"
+        elif len(self._files) > 1:
+            self.warnings = [
+                f"{folder} has no checklist.chk, so the order of the files is not proved: two of its "
+                f"{len(self._files)} consolidated files that are swapped, or one of another model, would not be seen"
+            ]
+
+    def verify(self, progress: Progress) -> None:
+        if self._sums is not None:
+            compare(self.folder, self._sums, progress)
 
     def pieces(self, name: str) -> list[Tensor]:
         """One of each file; of what all have whole, that of the first."""

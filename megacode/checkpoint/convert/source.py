@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from megacode.checkpoint.convert.weights import Progress
 from megacode.errors import UserError
 from megacode.model.layers import part_of
 from megacode.model.llama import Llama
@@ -33,6 +34,16 @@ class Source(Protocol):
     """Where what is often guessed came from: key -> words."""
     carried: list[Path]
     """Files that an export needs again, kept in the converted checkpoint's folder source/."""
+    warnings: list[str]
+    """What could not be looked into."""
+
+    def verify(self, progress: Progress) -> None:
+        """Compare the files with the checksums that came with them, if any did.
+
+        Raises:
+            UserError: names the file that differs.
+        """
+        ...
 
     def pieces(self, name: str) -> list[Tensor]:
         """The parameter as its files have it."""
@@ -57,17 +68,19 @@ def shapes_of(model: ModelSection) -> dict[str, tuple[int, ...]]:
         return {name: part_of(parameter).shape for name, parameter in Llama(model).named_parameters()}
 
 
-def warnings_of(model: ModelSection) -> list[str]:
-    """What is likely wrong with a source, although a model can be so.
+def warnings_of(source: Source) -> list[str]:
+    """What could not be looked into, and what is likely wrong with a source, although a model can be so.
 
     Code Llama was trained with long contexts and a rotary base of 1,000,000 (Roziere et al. 2023, section 2.4). There
     are copies of its config.json with a long context whose base is 10,000 or left out: they compute something else.
     """
+    model = source.model
     if model.max_positions <= 4096 or model.rope_theta != 10000.0:
-        return []
+        return source.warnings
     return [
+        *source.warnings,
         f"rope_theta is 10000 with {model.max_positions} positions; Code Llama of such a context has 1000000, and "
-        f"settings of one that say otherwise are wrong (--rope-theta 1000000 mends it)"
+        f"settings of one that say otherwise are wrong (--rope-theta 1000000 mends it)",
     ]
 
 
