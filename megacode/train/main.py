@@ -6,8 +6,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +27,7 @@ from megacode.parallel.mesh import Mesh, build_mesh
 from megacode.parallel.phases import record
 from megacode.plan.layout import Layout, fit
 from megacode.recipe import Recipe
-from megacode.train import faults, metrics, start
+from megacode.train import faults, lock, metrics, start
 from megacode.train.agreement import compare_parameters, compare_starts
 from megacode.train.console import Console
 from megacode.train.faults import EXIT_STOPPED, Peer, PeerWatch, Requests
@@ -61,6 +61,8 @@ def main(arguments: list[str]) -> int:
         device = find_device(place)
         tokenizer, config = _load(options)
         layout = fit(config, place.world_size)
+        with _writing(Path(config.run)):
+            lock.hold(Path(config.run), place.rank)  # first of all: heartbeats of two starts would be mixed up
         run = Run(config, layout, place, device)
         doing("opening the data", patient=True)  # best-fit packing may have to count the samples of a corpus first
         check_config(config, device)
@@ -69,8 +71,9 @@ def main(arguments: list[str]) -> int:
         streams = start.open_streams(config, tokenizer)
         start.check_run_folder(config, streams[0])
         check_disk(config)
-        _make_run_folder(Path(config.run), place)
-        run.begun = place.rank == 0
+        if place.rank == 0:
+            with _writing(run.folder):
+                run.begin()
     except UserError as error:
         if run is not None:
             run.stall.stop()
@@ -103,6 +106,15 @@ class Run:
             self._claim_stall, self._tell_stall, self._look_for_stragglers,
         )  # fmt: skip
         self.stall.start()
+
+    def begin(self) -> None:
+        """From here on the run folder says that this start runs. Rank 0 only.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        metrics.begin_status(self.folder)
+        self.begun = True
 
     def run(self, streams: tuple[TrainStream, ValidationStream | None]) -> int:
         """The exit code. A failure ends the process at once."""
@@ -375,11 +387,10 @@ def describe_sources(recipe: Recipe, stream: TrainStream) -> dict[str, dict[str,
     }
 
 
-def _make_run_folder(run: Path, place: Place) -> None:
+@contextmanager
+def _writing(run: Path) -> Iterator[None]:
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        if place.rank == 0:
-            metrics.begin_status(run)
+        yield
     except OSError as error:
         raise UserError(f"run: cannot write the folder {run}: {error.strerror}; mend that or name another") from None
 
