@@ -64,8 +64,8 @@ class _Start:
             try:
                 name = self.said(signal.Signals(number).name)
                 if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-                    text = f"stopped before the first step: asked by {name}; nothing is lost, start again to go on"
-                    print(text, file=sys.stderr, flush=True)
+                    text = f"stopped before the first step: asked by {name}; nothing is lost, start again to go on\n"
+                    os.write(2, text.encode())  # torch's excepthook collects what goes to sys.stderr
             finally:
                 os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED)
 
@@ -79,7 +79,6 @@ class _Start:
         """Signals mean something else from now on."""
         signal.set_wakeup_fd(-1)
         os.close(self._writer)
-        sys.excepthook = sys.__excepthook__
 
 
 _start: _Start | None = None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from support.launching import ENVIRONMENT, ROOT, metrics, start, status, told, train, write_recipe
@@ -111,8 +112,8 @@ def wait_until(process, true):
 
 def handles(process, number):
     """Whether a process has a handler of its own for a signal."""
-    with open(f"/proc/{process.pid}/status") as file:
-        (caught,) = (line.split()[1] for line in file if line.startswith("SigCgt"))
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    (caught,) = (line.split()[1] for line in lines if line.startswith("SigCgt"))
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
@@ -125,6 +126,7 @@ def test_a_signal_while_libraries_are_imported_is_one_line(recipe, number, code)
     run = recipe.parent / f"imports {number}"
     with started(recipe, f"run={run}") as process:
         wait_until(process, lambda: handles(process, signal.SIGTERM))
+        wait_until(process, lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
     assert (process.returncode, output) == (code, stopped_by(signal.Signals(number).name))
