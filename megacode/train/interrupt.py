@@ -52,7 +52,9 @@ class _Start:
             raise Interrupted
 
     def _watch(self, reader: int) -> None:
-        if read := os.read(reader, 1):
+        read = os.read(reader, 1)
+        os.close(reader)
+        if read:
             self.number = read[0]
             time.sleep(GRACE_SECONDS)
             if not self.settled:
@@ -62,10 +64,11 @@ class _Start:
         """Say so, once a machine, and end this process."""
         with self._ending:
             try:
+                sys.stderr = sys.__stderr__ or sys.stderr  # torch's excepthook has put a buffer in its place
                 name = self.said(signal.Signals(number).name)
                 if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-                    text = f"stopped before the first step: asked by {name}; nothing is lost, start again to go on\n"
-                    os.write(2, text.encode())  # torch's excepthook collects what goes to sys.stderr
+                    text = f"stopped before the first step: asked by {name}; nothing is lost, start again to go on"
+                    print(text, file=sys.stderr, flush=True)
             finally:
                 os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED)
 

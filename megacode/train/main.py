@@ -235,7 +235,7 @@ class Run:
 
         Interpreter shutdown could wait for those collectives.
         """
-        interrupt.settle(self._has_stopped)
+        interrupt.settle(lambda: faults.lost_connection(error) is not None and self._has_stopped())
         try:
             self.stall.leave_if_told()
             if self.watch is not None:
