@@ -4,7 +4,10 @@ import sys
 
 try:
     from megacode.importing import uncollected
+    from megacode.train import interrupt
 
+    if __name__ == "__main__":  # not in data workers, which import this too
+        interrupt.begin()
     with uncollected():
         from megacode.train.main import main
 except ModuleNotFoundError as error:

@@ -3,7 +3,9 @@
 import sys
 
 from megacode.importing import uncollected
+from megacode.train import interrupt
 
+interrupt.begin()
 with uncollected():
     from megacode.train.main import main
 

@@ -15,8 +15,7 @@ from types import FrameType
 
 import torch
 
-EXIT_STOPPED = 75
-"""Exit code of a run that was asked to stop and has saved: start it again and it goes on (EX_TEMPFAIL)."""
+from megacode.train import interrupt
 
 FILES = ("STOP", "SAVE")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -61,8 +60,32 @@ class Requests:
         self._taken: dict[str, tuple[str, int] | None] = {}
         """Files that are being obeyed, and what they were then: they do not ask again."""
 
+    def clear_old(self, step: int, since_ns: int, again: bool) -> None:
+        """Say what files lie there from before a start. Taken away are those that asked an earlier run.
+
+        A number of a step to come asks this run, and so does what was written since the start began.
+
+        Args:
+            step: that the start goes on from.
+            since_ns: when it began, by the clock of the file system [ns].
+            again: whether a job starts again by itself: what was asked between its starts was meant for it.
+        """
+        for name in FILES:
+            file, due, found = self.run / name, self._due_step(name), self._looked[name]
+            if found is None or math.isinf(due) or found[1] >= since_ns:
+                continue
+            if due > step:
+                text = f"was there before this start: obeyed after step {due}"
+            elif again:
+                text = "was there before this start, which the job has made by itself: obeyed after the first step"
+            else:
+                file.unlink(missing_ok=True)
+                text = "was there before this start, asked an earlier run and is removed; write it anew to ask this one"
+            print(f"{file} {text}", file=sys.stderr, flush=True)
+
     def listen(self) -> None:
-        """Take note of signals from now on; before, they end the process as ever, and so does a second Ctrl-C."""
+        """Take note of signals from now on; before, they end the process, and so does a second Ctrl-C."""
+        interrupt.over()
 
         def note(number: int, frame: FrameType | None) -> None:
             self._seen[len(FILES) + SIGNALS.index(signal.Signals(number))] = 1.0

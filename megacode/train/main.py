@@ -6,8 +6,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,10 +27,11 @@ from megacode.parallel.mesh import Mesh, build_mesh
 from megacode.parallel.phases import record
 from megacode.plan.layout import Layout, fit
 from megacode.recipe import Recipe
-from megacode.train import faults, metrics, start
+from megacode.train import faults, interrupt, lock, metrics, start
 from megacode.train.agreement import compare_parameters, compare_starts
 from megacode.train.console import Console
-from megacode.train.faults import EXIT_STOPPED, Peer, PeerWatch, Requests
+from megacode.train.faults import Peer, PeerWatch, Requests
+from megacode.train.interrupt import EXIT_STOPPED
 from megacode.train.journal import Journal
 from megacode.train.launch import Place, find_device, find_place, start_process_group
 from megacode.train.loop import Trainer
@@ -51,7 +52,8 @@ WORD_SECONDS = 3.0
 def main(arguments: list[str]) -> int:
     """Train; returns the process's exit code.
 
-    0: finished; 1: failed; 2: the user can mend it (said once a machine); 75: asked to stop, and saved; 76: stalled.
+    0: finished; 1: failed; 2: the user can mend it (said once a machine); 75: asked to stop, and saved; 76: stalled. A
+    signal before the first step ends the process with 75, or 130 (Ctrl-C), where `interrupt.begin` was called.
     """
     options = _parse(arguments)
     place, run = Place(0, 0, 1, 1), None
@@ -61,6 +63,8 @@ def main(arguments: list[str]) -> int:
         device = find_device(place)
         tokenizer, config = _load(options)
         layout = fit(config, place.world_size)
+        with _writing(Path(config.run)):
+            lock.hold(Path(config.run), place.rank)  # first of all: heartbeats of two starts would be mixed up
         run = Run(config, layout, place, device)
         doing("opening the data", patient=True)  # best-fit packing may have to count the samples of a corpus first
         check_config(config, device)
@@ -69,8 +73,9 @@ def main(arguments: list[str]) -> int:
         streams = start.open_streams(config, tokenizer)
         start.check_run_folder(config, streams[0])
         check_disk(config)
-        _make_run_folder(Path(config.run), place)
-        run.begun = place.rank == 0
+        if place.rank == 0:
+            with _writing(run.folder):
+                run.begin()
     except UserError as error:
         if run is not None:
             run.stall.stop()
@@ -103,6 +108,18 @@ class Run:
             self._claim_stall, self._tell_stall, self._look_for_stragglers,
         )  # fmt: skip
         self.stall.start()
+        interrupt.at_end(self._stop_before_first_step)
+
+    def begin(self) -> None:
+        """From here on the run folder says that this start runs. Rank 0 only.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        newest, again = keep.newest(self.folder), os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        self.requests.clear_old(keep.step_of(newest) if newest else 0, lock.held_since_ns(self.folder), again)
+        metrics.begin_status(self.folder)
+        self.begun = True
 
     def run(self, streams: tuple[TrainStream, ValidationStream | None]) -> int:
         """The exit code. A failure ends the process at once."""
@@ -202,6 +219,7 @@ class Run:
 
     def _peers_are_gone(self, gone: list[Peer], tells: bool) -> None:
         """Called in a thread: other ranks of this machine have ended, and this one must not wait for them."""
+        interrupt.settle(self._has_stopped)
         try:
             self.stall.leave_if_told(wait_seconds=0 if gone else TELLING_SECONDS)
             if tells:
@@ -217,6 +235,7 @@ class Run:
 
         Interpreter shutdown could wait for those collectives.
         """
+        interrupt.settle(lambda: faults.lost_connection(error) is not None and self._has_stopped())
         try:
             self.stall.leave_if_told()
             if self.watch is not None:
@@ -244,6 +263,40 @@ class Run:
         finally:
             self.stall.clear()
             os._exit(1)
+
+    def _has_stopped(self) -> bool:
+        """Whether a rank of this start has stopped it before the first step."""
+        return self.begun and metrics.read_outcome(self.folder) == "stopped"
+
+    def _stop_before_first_step(self, name: str) -> str:
+        """Called when a signal ends the start, in a thread perhaps: who has asked for it."""
+        self.stall.clear()
+        if self.watch is not None:
+            self.watch.stop()
+            # Launchers send SIGTERM to all that is left when a rank has died.
+            gone = self.watch.wait_for_gone(seconds=0.5) if name == "SIGTERM" else []
+            if gone and not self._has_stopped():
+                self._tell(f"{_names(gone)} ended", None, gone=gone)
+                os._exit(1)
+        if self.begun and self._is_in_vain():
+            print(f"rank {self.place.rank} ends, since another rank failed", file=sys.stderr, flush=True)
+            os._exit(1)
+        if self.journal is not None:
+            self.journal.close()
+        if self._has_stopped():
+            return metrics.read_message(self.folder).removeprefix("asked by ") or name
+        if self.begun:
+            with suppress(OSError):
+                self._note_stop(name)
+        return name
+
+    def _note_stop(self, name: str) -> None:
+        newest = keep.newest(self.folder)
+        step = keep.step_of(newest) if newest else 0
+        facts = {"step": step, "checkpoint": newest and str(newest)}
+        metrics.write_status(self.folder, "stopped", message=f"asked by {name}", **facts)
+        text = f"stopped at step {step}, before the first step of a start: asked by {name}; start again to go on"
+        metrics.append_event(self.folder, "stop", step, text, asked_by=name)
 
     def _elsewhere(self) -> list[Peer]:
         """The ranks of other machines."""
@@ -375,11 +428,10 @@ def describe_sources(recipe: Recipe, stream: TrainStream) -> dict[str, dict[str,
     }
 
 
-def _make_run_folder(run: Path, place: Place) -> None:
+@contextmanager
+def _writing(run: Path) -> Iterator[None]:
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        if place.rank == 0:
-            metrics.begin_status(run)
+        yield
     except OSError as error:
         raise UserError(f"run: cannot write the folder {run}: {error.strerror}; mend that or name another") from None
 

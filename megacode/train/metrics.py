@@ -204,6 +204,15 @@ def read_outcome(run: Path) -> str | None:
     return outcome
 
 
+def read_message(run: Path) -> str:
+    """What status.json says of the end of a run; empty where it says nothing."""
+    try:
+        message: str = json.loads((run / "status.json").read_text(encoding="utf-8"))["message"]
+    except (OSError, ValueError, KeyError):
+        return ""
+    return message
+
+
 def has_failed(run: Path, start: str) -> bool:
     """Whether a rank of this start has failed. A network file system may still show what an earlier start left."""
     try:

@@ -1,15 +1,12 @@
 """Checkpoints are written while the run goes on; what comes between is said by all ranks at once, in one line."""
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from support import savers
 from support.disks import small_disk
-from support.launching import ENVIRONMENT, ROOT, metrics, status, write_recipe
+from support.launching import ROOT, metrics, start, status, told, train, write_recipe
 from support.saving import assert_whole
 from support.training import recipe as nano
 from support.training import snapshots
@@ -83,24 +80,6 @@ def test_what_is_kept_is_what_the_engine_has(worlds, offload, layout, offloaded)
     assert max(len(kept) for kept, _ in ranks) < 0.7 * whole
 
 
-def start(recipe: Path, *overrides) -> subprocess.Popen:
-    """One process, without a launcher."""
-    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    environment = {**ENVIRONMENT, **places, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    changes = ["parallel.pipeline=1", "logging.validate_every_steps=100", *overrides]
-    return subprocess.Popen(
-        [sys.executable, "launchers/train.py", str(recipe), *changes], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def train(recipe: Path, *overrides) -> tuple[int, str]:
-    """Exit code and output."""
-    with start(recipe, *overrides) as process:
-        output, _ = process.communicate(timeout=240)
-        return process.returncode, output
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     return write_recipe(tmp_path_factory.mktemp("saver"))
@@ -130,14 +109,6 @@ def disk(recipe, tmp_path):
     _, config = open_tokenizer(load(recipe))
     with small_disk(tmp_path / "disk", 17 * checkpoint_bytes(config) // 10) as folder:
         yield folder
-
-
-def told(code: int, output: str) -> str:
-    """The one line of a mistake."""
-    assert code == 2, output[-3000:]
-    assert "Traceback" not in output
-    (line,) = (line for line in output.splitlines() if line.startswith("error: "))
-    return line.removeprefix("error: ")
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_its_last_checkpoint(recipe, disk):

@@ -78,6 +78,31 @@ def launch(*arguments: str, processes: int = 4) -> subprocess.CompletedProcess:
     )
 
 
+def start(recipe: Path, *overrides: str) -> subprocess.Popen:
+    """One process, without a launcher."""
+    environment = {**ENVIRONMENT, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    changes = ["parallel.pipeline=1", "logging.validate_every_steps=100", *overrides]
+    return subprocess.Popen(
+        [sys.executable, "launchers/train.py", str(recipe), *changes], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def train(recipe: Path, *overrides: str) -> tuple[int, str]:
+    """Exit code and output of `start`."""
+    with start(recipe, *overrides) as process:
+        output, _ = process.communicate(timeout=240)
+        return process.returncode, output
+
+
+def told(code: int, output: str) -> str:
+    """The one line of a mistake."""
+    assert code == 2, output[-3000:]
+    assert "Traceback" not in output
+    (line,) = (line for line in output.splitlines() if line.startswith("error: "))
+    return line.removeprefix("error: ")
+
+
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

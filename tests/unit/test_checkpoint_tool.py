@@ -136,8 +136,11 @@ def test_prune_removes_what_the_recipe_would(tmp_path):
     said = call("prune", tmp_path, "--keep-last", 2, "--keep-every", 2, "--dry-run", "--json", "-")
     assert json.loads(said.stdout)["removed"] == [str(step_folder(tmp_path, step)) for step in (1, 3)]
     assert len(finished(tmp_path)) == 6
+    written = tmp_path / "checkpoints/step_00000007.partial"  # by a run that goes on
+    written.mkdir()
     said = call("prune", tmp_path, "--keep-last", 2, "--keep-every", 2).stdout
     assert [step_of(folder) for folder in finished(tmp_path)] == [2, 4, 5, 6]
+    assert written.is_dir()
     assert said.splitlines()[-1].startswith("4 kept, 2 removed (")
 
 

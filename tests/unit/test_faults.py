@@ -108,6 +108,31 @@ def test_a_file_that_holds_no_step_asks_for_nothing_and_is_told_once(tmp_path, c
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "written", "again", "left", "told"),
+    [
+        ("", 1, False, False, "asked an earlier run and is removed; write it anew to ask this one"),
+        ("7", 1, False, False, "asked an earlier run and is removed; write it anew to ask this one"),
+        ("", 1, True, True, "which the job has made by itself: obeyed after the first step"),
+        ("8", 1, False, True, "was there before this start: obeyed after step 8"),
+        ("", 2, False, True, ""),
+        ("7", 2, False, True, ""),
+    ],
+)
+def test_what_is_there_before_a_start_is_told_and_taken_away_if_it_asked_another(
+    tmp_path, capsys, text, written, again, left, told
+):
+    """The start begins at second 2 and goes on from step 7."""
+    for name in FILES:
+        (tmp_path / name).write_text(text)
+        os.utime(tmp_path / name, (written, written))
+    Requests(tmp_path, looks=True).clear_old(7, 2_000_000_000, again)
+    assert [(tmp_path / name).exists() for name in FILES] == [left] * len(FILES)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (len(FILES) if told else 0)
+    assert all(told in line for line in lines)
+
+
 def test_a_later_save_outlives_an_earlier_stop(tmp_path):
     (tmp_path / "STOP").write_text("3")
     (tmp_path / "SAVE").write_text("5")
