@@ -64,7 +64,7 @@ class Ending:
             None: "the run ended before it could say anything",
             "running": "the run ended without a word",
             "finished": "the run has finished",
-            "stopped": "the run was asked to stop and has saved",
+            "stopped": "the run was asked to stop",
         }
         return told.get(outcome, f"the run failed ({status.get('message', '')})")
 
