@@ -148,7 +148,7 @@ def test_the_command_of_the_batch_script(tmp_path):
     done = call("end", str(recipe), "--asked", "--state", "RUNNING")
     assert (done.returncode, done.stdout) == (
         AGAIN,
-        "the run was asked to stop and has saved; it goes on from step 3\n",
+        "the run was asked to stop; it goes on from step 3\n",
     )
     done = call("begin", str(recipe), "seeed=3")
     assert (done.returncode, done.stderr.count("error: ")) == (2, 1)
