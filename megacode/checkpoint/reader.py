@@ -26,6 +26,8 @@ STATES = ("exp_avg", "exp_avg_sq")
 """What the optimizer keeps of each parameter, fp32."""
 OPTIMIZER = "adamw"
 """Whose states these are."""
+SEAL = "sha256"
+"""Key of the manifest for the checksum of all the others; before it there was none."""
 _READ_BYTES = 8 * 2**20
 _KEYS = {"tensors": {"shape", "dim", "slices"}, "files": {"bytes", "sha256"}}
 """What each entry of a section of the manifest has."""
@@ -107,6 +109,8 @@ class CheckpointReader:
             raise UserError(f"{path} is damaged (not JSON); {mend(self.folder)}") from None
         if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
             raise UserError(f"{path} has format {manifest['format']}, this megacode reads {FORMAT}")
+        if isinstance(manifest, dict) and manifest.get(SEAL, _digest(manifest)) != _digest(manifest):
+            raise UserError(f"{path} is damaged (its checksum differs); {mend(self.folder)}")
         try:
             self._take(manifest)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -223,6 +227,16 @@ class CheckpointReader:
                     yield f"{path} is damaged (its checksum differs)"
             except OSError as error:
                 yield f"{path} cannot be read ({error.strerror})"
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with a checksum of itself."""
+    return {**manifest, SEAL: _digest(manifest)}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    values = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _common(a: range, b: range) -> range:

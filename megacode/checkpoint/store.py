@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megacode.checkpoint import keep
 from megacode.checkpoint.keep import PARTIAL
-from megacode.checkpoint.reader import FORMAT, OPTIMIZER, STATES, Progress, global_order
+from megacode.checkpoint.reader import FORMAT, OPTIMIZER, STATES, Progress, global_order, sealed
 from megacode.checkpoint.tensorfile import TensorFile
 from megacode.data.durable import sync
 from megacode.errors import UserError, explain
@@ -286,7 +286,7 @@ def _complete(folder: Path, recipe: Recipe, progress: Progress, reports: list[Re
     }
     recipe.save(partial / "recipe.yaml")
     (partial / "tokenizer.model").write_bytes(tokenizer)
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (partial / "manifest.json").write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
     sync(*(partial / name for name in ("recipe.yaml", "tokenizer.model", "manifest.json")), partial)
     os.replace(partial, folder)
 

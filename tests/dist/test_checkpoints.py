@@ -8,7 +8,7 @@ import torch
 from support.training import deviation, parallel, recipe, reference, values_read
 
 from megacode.checkpoint.keep import newest
-from megacode.checkpoint.reader import CheckpointReader, global_order
+from megacode.checkpoint.reader import CheckpointReader, global_order, sealed
 from megacode.checkpoint.store import step_folder
 from megacode.errors import UserError
 
@@ -105,7 +105,7 @@ def test_adams_step_count_is_restored(worlds, saved, tmp_path):
     straight = reference(config(tmp_path), 4)
     manifest = json.loads((saved / "manifest.json").read_text())
     manifest["progress"]["adam_step"] = 0
-    (saved / "manifest.json").write_text(json.dumps(manifest))
+    (saved / "manifest.json").write_text(json.dumps(sealed(manifest)))
     ranks = worlds(2).run(parallel, config(tmp_path), 2, (), saved)
     outcome, parts = ranks[0]
     worst = max(float((outcome.weights[n] - p.take(straight.weights[n])).abs().max()) for n, p in parts.items())

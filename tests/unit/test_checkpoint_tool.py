@@ -8,6 +8,7 @@ from support.saving import save_step
 from typer.testing import CliRunner
 
 from megacode.checkpoint.keep import finished, newest, step_of
+from megacode.checkpoint.reader import sealed
 from megacode.checkpoint.store import step_folder
 from megacode.errors import UserError
 from megacode.tools.checkpoint import app
@@ -45,7 +46,7 @@ def test_inspect_says_what_a_checkpoint_is(run):
 def rewrite(folder, edit):
     manifest = json.loads((folder / "manifest.json").read_text())
     edit(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
 def test_inspect_says_who_wrote_it(tmp_path):

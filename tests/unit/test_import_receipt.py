@@ -17,6 +17,7 @@ from megacode.checkpoint.convert.importing_receipt import check_import
 from megacode.checkpoint.convert.meta_source import MetaSource, to_halves
 from megacode.checkpoint.convert.receipt import ConversionError
 from megacode.checkpoint.convert.reference import Reference
+from megacode.checkpoint.reader import sealed
 from megacode.data import engines
 
 TEXTS = ["def f(x):\n    return x + 1\n"]
@@ -99,7 +100,7 @@ def test_wrong_weights_are_found(made, tmp_path, monkeypatch, kind, spoil, expec
         tensors = load_file(path)
         spoil(tensors, manifest["model"])
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
         with pytest.raises(ConversionError) as caught:
             check_import(source, reference, folder, TEXTS)
         written = json.loads((folder / RECEIPT).read_text())

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.training import recipe
 
-from megacode.checkpoint.reader import CheckpointReader
+from megacode.checkpoint.reader import CheckpointReader, sealed
 from megacode.checkpoint.tensorfile import TensorFile
 from megacode.errors import UserError
 from megacode.model.layers import Slice
@@ -36,6 +36,18 @@ def write(folder, dim, cuts, stored=torch.float32, **manifest):
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(content))
     return CheckpointReader(folder)
+
+
+def test_a_manifest_that_was_changed_is_damaged(tmp_path):
+    write(tmp_path, None, [])
+    path = tmp_path / "manifest.json"
+    old = json.loads(path.read_text())
+    path.write_text(json.dumps(sealed(old), indent=3))
+    CheckpointReader(tmp_path)
+    for change in ({"progress": {**old["progress"], "step": 2}}, {"files": {"x": {"bytes": 1, "sha256": ""}}}):
+        path.write_text(json.dumps({**sealed(old), **change}))
+        with pytest.raises(UserError, match=r"manifest.json is damaged \(its checksum differs\); "):
+            CheckpointReader(tmp_path)
 
 
 @given(data=st.data())

@@ -16,7 +16,7 @@ from support.saving import ALONE, NUM_BYTES, PARTS, assert_whole, config, held, 
 
 from megacode.checkpoint import keep
 from megacode.checkpoint.keep import newest
-from megacode.checkpoint.reader import CheckpointReader, Progress
+from megacode.checkpoint.reader import CheckpointReader, Progress, sealed
 from megacode.checkpoint.store import Share, begin, finish, step_folder
 from megacode.errors import UserError
 
@@ -213,7 +213,7 @@ def test_a_shard_that_the_manifest_does_not_name_is_missing(tmp_path):
     save_step(tmp_path, 1)
     manifest = json.loads((newest(tmp_path) / "manifest.json").read_text())
     del manifest["files"]["optimizer_00000.safetensors"]
-    (newest(tmp_path) / "manifest.json").write_text(json.dumps(manifest))
+    (newest(tmp_path) / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(UserError, match=r"manifest.json names no optimizer_00000.safetensors; the run has no earlier"):
         CheckpointReader(newest(tmp_path)).verify()
 

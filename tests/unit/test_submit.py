@@ -13,6 +13,7 @@ from support.submitting import write_small_recipe
 from typer.testing import CliRunner
 
 from megacode import recipe as recipes
+from megacode.checkpoint.reader import sealed
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.plan.hardware import HARDWARE
@@ -171,7 +172,7 @@ def test_a_run_that_could_not_go_on_is_not_sent(recipe, run, tmp_path):
     vocabulary = Tokenizer(config.tokenizer.path).vocabulary
     content["model"] = {**config.model.model_dump(mode="json"), "vocabulary": vocabulary}
     content["progress"] |= {"step": 9, "seed": 5}
-    (newest / "manifest.json").write_text(json.dumps(content))
+    (newest / "manifest.json").write_text(json.dumps(sealed(content)))
     shutil.copyfile(config.tokenizer.path, newest / "tokenizer.model")
     with pytest.raises(UserError, match=r"seed is 0 and .* has 5; change it back"):
         run(*options)

@@ -18,7 +18,7 @@ from megacode.checkpoint.convert.source import Source, shapes_of
 from megacode.checkpoint.convert.stored import dtype_name
 from megacode.checkpoint.convert.weights import MAX_FILE_BYTES, WrittenFile, num_bytes, write_weights
 from megacode.checkpoint.convert.weights import Progress as Report
-from megacode.checkpoint.reader import FORMAT, Progress
+from megacode.checkpoint.reader import FORMAT, Progress, sealed
 from megacode.data import durable
 from megacode.data.tokenizer import Tokenizer, with_infilling
 from megacode.errors import UserError
@@ -97,7 +97,7 @@ def convert(
         (written / CARRIED).mkdir()
         for path in source.carried:
             shutil.copyfile(path, written / CARRIED / path.name)
-        text = json.dumps(_manifest(source, shapes, files), indent=1)
+        text = json.dumps(sealed(_manifest(source, shapes, files)), indent=1)
         (written / "manifest.json").write_text(text, encoding="utf-8")
         durable.sync(*(written / CARRIED).iterdir(), written / CARRIED)
 
