@@ -67,7 +67,8 @@ class _Start:
                 sys.stderr = sys.__stderr__ or sys.stderr  # torch's excepthook has put a buffer in its place
                 name = self.said(signal.Signals(number).name)
                 if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-                    text = f"stopped before the first step: asked by {name}; nothing is lost, start again to go on"
+                    who = name if name != "SIGTERM" else "SIGTERM, which launchers send when a rank has died, too"
+                    text = f"stopped before the first step: asked by {who}; nothing is lost, start again to go on"
                     print(text, file=sys.stderr, flush=True)
             finally:
                 os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED)

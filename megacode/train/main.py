@@ -209,7 +209,7 @@ class Run:
             share, tokens, epochs = source["weight"], source["num_tokens"], source["epochs"]
             print(f"source {name}: {share:.4%} of the samples, {tokens:,} tokens, {epochs:.4g} epochs", flush=True)
         if step >= steps:
-            print(f"nothing to do: schedule.steps is {steps}; raise it to go on", flush=True)
+            print(f"nothing to do: step {step} is done and schedule.steps is {steps}; raise it to go on", flush=True)
         else:
             self.recipe.save(self.folder / "recipe.yaml")
         metrics.write_status(self.folder, "running", step=step, checkpoint=newest and str(newest))

@@ -118,6 +118,7 @@ def handles(process, number):
 
 
 def stopped_by(name):
+    name += ", which launchers send when a rank has died, too" * (name == "SIGTERM")
     return f"stopped before the first step: asked by {name}; nothing is lost, start again to go on\n"
 
 

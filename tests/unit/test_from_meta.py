@@ -203,9 +203,9 @@ def listed(old, new):
 
 NEXT = "consolidated.01.pth"
 UNLISTED = [
-    (swap("consolidated.00.pth", NEXT), r"consolidated.00.pth is consolidated.01.pth by its md5 (checklist.chk)"),
-    (respell(1, lambda content: content[Q].neg_()), f"{NEXT} has another md5 than there (checklist.chk); fetch it"),
-    (params(max_seq_len=4096), "params.json has another md5 than there (checklist.chk); fetch it again, and checklist"),
+    (swap("consolidated.00.pth", NEXT), f"00.pth is {NEXT} by the md5 in checklist.chk"),
+    (respell(1, lambda content: content[Q].neg_()), f"{NEXT} has not the md5 that checklist.chk says; fetch it"),
+    (params(max_seq_len=4096), "params.json has not the md5 that checklist.chk says; fetch"),
     (listed("  consolidated.01", " ../consolidated.01"), "checklist.chk: line 2 is none of md5sum's; fetch it again"),
     (listed("  consolidated.01", "  consolidated.02"), f"only the folder has {NEXT}; fetch checklist.chk again"),
     (lambda source: (source / NEXT).rename(source / "01.pth"), "a file is missing or of another model"),

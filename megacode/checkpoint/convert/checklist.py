@@ -85,8 +85,9 @@ def compare(folder: Path, sums: dict[str, str], progress: Progress = lambda done
     for name, expected in sums.items():
         if found[name] != expected:
             same = next((other for other, each in sums.items() if each == found[name]), None)
-            what = f"is {same} by its md5" if same else "has another md5 than there"
+            if same:
+                raise UserError(f"{folder / name} is {same} by the md5 in {NAME}; give the files their own names")
             raise UserError(
-                f"{folder / name} {what} ({NAME}); fetch it again, and {NAME}, the first of which were wrong for "
-                f"params.json of Code Llama 70B"
+                f"{folder / name} has not the md5 that {NAME} says; fetch it again, and {NAME}, the first of which "
+                f"were wrong for params.json of Code Llama 70B"
             )
