@@ -123,7 +123,7 @@ def test_a_time_limit_then_a_cancellation_then_other_nodes(submit):
     last = json.loads((run / "starts.jsonl").read_text().splitlines()[-1])
     assert (last["step"], last["layout"]["pipeline"]) == (saved, 1)
     assert job.starts("end")[0]["step"] > saved
-    assert "saved; not started again: it was 0 times already" in job.log()
+    assert "asked to stop; not started again: it was 0 times already" in job.log()
 
 
 def test_a_stall_is_told_and_the_third_start_that_gains_nothing_is_the_last(submit):
