@@ -1,5 +1,6 @@
 """What a start needs before it trains: a tokenizer, a checkpoint to go on with or begin from, room for the next one."""
 
+import hashlib
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -56,6 +57,9 @@ def open_weights(recipe: Recipe, checkpoint: Path, new_stage: bool = False) -> C
         theirs = reader.tokenizer_path.read_bytes()
     except OSError as error:
         raise UserError(f"{reader.tokenizer_path} cannot be read ({error.strerror}); {mend(checkpoint)}") from None
+    named = reader.manifest["files"].get("tokenizer.model")
+    if named is not None and named["sha256"] != hashlib.sha256(theirs).hexdigest():
+        raise UserError(f"{reader.tokenizer_path} is damaged (its checksum differs); {mend(checkpoint)}")
     if Path(recipe.tokenizer.path).read_bytes() != theirs:
         key = "checkpoint.start_from" if new_stage else "`run` folder"
         raise UserError(f"tokenizer.path differs from the tokenizer of {checkpoint}; name that one, or another {key}")

@@ -81,11 +81,18 @@ def test_a_folder_of_no_run_has_no_earlier_one(run, tmp_path):
     assert said(tmp_path / "converted").endswith("; bring the file back from a copy, or make the folder again")
 
 
-def test_a_tokenizer_that_is_missing_is_damage(tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.unlink(), r"cannot be read \(No such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"is damaged \(its checksum differs\)"),
+    ],
+)
+def test_a_tokenizer_that_is_missing_or_altered_is_damage(tmp_path, spoil, said):
     write_checkpoint(tmp_path, step=6)
     reader = write_checkpoint(tmp_path, step=7)
-    reader.tokenizer_path.unlink()
+    spoil(reader.tokenizer_path)
     model = json.loads((reader.folder / "manifest.json").read_text())["model"]
     config = recipe(run=str(tmp_path), model=model, tokenizer={"path": str(tmp_path / "tokenizer.model")})
-    with pytest.raises(UserError, match=r"tokenizer.model cannot be read \(No such file.*the next start takes step 6$"):
+    with pytest.raises(UserError, match=rf"tokenizer.model {said}.*the next start takes step 6$"):
         open_weights(config, reader.folder)

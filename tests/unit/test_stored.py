@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megacode.checkpoint.convert import stored
 from megacode.checkpoint.convert.library import files_by_name, read_by_library
 from megacode.checkpoint.convert.stored import check_tensors, open_stored
 from megacode.errors import UserError
@@ -41,6 +42,31 @@ def test_a_compressed_archive_is_named(tmp_path):
     assert torch.load(tmp_path / "file.bin")["a"].tolist() == [0] * 1000
     with pytest.raises(UserError, match=r"file\.bin is compressed"):
         open_stored(tmp_path / "file.bin")
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_a_changed_byte_is_found_by_the_records_own_checksum(tmp_path, summed, monkeypatch):
+    """Of a file that was written with checksums, as torch.save does if nobody says otherwise."""
+    monkeypatch.setattr(stored, "_SUMMED_BYTES", 64)
+    whole, path = torch.randn(40, 6), tmp_path / "file.pth"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(summed)
+    torch.save({"whole": whole, "part": whole[2:5], "other": torch.ones(4)}, path)
+    torch.serialization.set_crc32_options(before)
+    content = bytearray(path.read_bytes())
+    place = content.index(whole.numpy().tobytes()) + 4 * 6 * 30  # in a row that `part` has not
+    content[place] ^= 1
+    path.write_bytes(content)
+    file = open_stored(path)
+    assert torch.equal(file.read("other"), torch.ones(4))
+    for name in ("whole", "part"):
+        if summed:
+            with pytest.raises(
+                UserError, match=rf"{name} in {path} is damaged \(its CRC-32 differs\); fetch the file again"
+            ):
+                file.read(name)
+        else:
+            assert torch.equal(file.read(name), torch.load(path)[name])
 
 
 @pytest.mark.parametrize("name", ["gone.safetensors", "gone.bin"])

@@ -5,8 +5,11 @@ Of a file, memory holds the tensors that are in use and no more.
 
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megacode.checkpoint.reader import DTYPES
-from megacode.checkpoint.tensorfile import read_at, read_tensor
+from megacode.checkpoint.tensorfile import bytes_of, read_at, read_tensor
 from megacode.errors import UserError
 
+_SUMMED_BYTES = 16 * 2**20
 _SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -77,7 +81,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._tensors = _describe(path)
+        self._tensors, self._sums = _describe(path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.dtypes: dict[str, torch.dtype | str] = {name: tensor.dtype for name, tensor in self._tensors.items()}
 
@@ -90,6 +94,10 @@ class TorchFile:
         try:
             with self.path.open("rb", buffering=0) as file:
                 tensor = read_at(file, offset, described.dtype, (span,))
+                whole = tensor if tensor.nbytes == storage.nbytes() else None
+                expected = self._sums[storage._checkpoint_offset]
+                if expected and _crc32(file, storage._checkpoint_offset, storage.nbytes(), whole) != expected:
+                    raise UserError(f"{name} in {self.path} is damaged (its CRC-32 differs); fetch the file again")
         except OSError as error:
             raise _unreadable(self.path, error) from None
         return tensor.as_strided(described.shape, described.stride(), 0).contiguous()
@@ -99,8 +107,21 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be read ({error.strerror or error}); see that it stays, or fetch it again")
 
 
-def _describe(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file without their data.
+def _crc32(file: FileIO, offset: int, num_bytes: int, content: Tensor | None) -> int:
+    """Of a record of a file, whose `content` may be in memory already."""
+    if content is not None:
+        return zlib.crc32(bytes_of(content))
+    value, stop = 0, offset + num_bytes
+    for start in range(offset, stop, _SUMMED_BYTES):
+        piece = read_at(file, start, torch.uint8, (min(_SUMMED_BYTES, stop - start),))
+        value = zlib.crc32(bytes_of(piece), value)
+    return value
+
+
+def _describe(path: Path) -> tuple[dict[str, Tensor], dict[int, int]]:
+    """The tensors of a file without their data; and of each record where its content begins -> its CRC-32.
+
+    torch.save writes 0 where it is told to compute none.
 
     Raises:
         UserError: see `open_stored`.
@@ -110,13 +131,14 @@ def _describe(path: Path) -> dict[str, Tensor]:
             raise ValueError("no archive, or a part of one")
         with zipfile.ZipFile(path) as archive:
             compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            sums = _sums(path, archive)
         content = torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors and is not read, since reading could run its code "
             f"({_line(error)}); take a safetensors file"
         ) from None
-    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile) as error:
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         raise UserError(
@@ -130,7 +152,18 @@ def _describe(path: Path) -> dict[str, Tensor]:
         )
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} is no dictionary of tensors; name a folder of weights alone")
-    return content
+    return content, sums
+
+
+def _sums(path: Path, archive: zipfile.ZipFile) -> dict[int, int]:
+    found = {}
+    with path.open("rb") as file:
+        for entry in archive.infolist():
+            file.seek(entry.header_offset + 26)  # of 30 bytes before two fields of these lengths
+            lengths = file.read(4)
+            start = entry.header_offset + 30 + sum(struct.unpack("<HH", lengths))
+            found[start] = entry.CRC
+    return found
 
 
 def _line(error: Exception) -> str:
