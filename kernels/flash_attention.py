@@ -42,17 +42,18 @@ class Tiles(NamedTuple):
     grad_kv: Tile
 
 
-# Of bf16 the quickest of those that tools/bench/flash_tiles.py tries on an H200 (docs/benchmarks.md); of fp32 by
-# arithmetic. A multiprocessor of an H100 or H200 has 65536 registers, 255 a thread at most, 227 KB of shared memory,
-# does 4096 bf16 FLOPs a cycle, and gets some 25 bytes a cycle from L2. In bf16 at head_dim 128, by ptxas 12.8 (sm_90a):
+# Of bf16 the quickest that compile well of those that tools/bench/flash_tiles.py tries on an H200 (docs/benchmarks.md),
+# of fp32 by arithmetic. A multiprocessor of an H100 or H200 has 65536 registers, 255 a thread at most, 227 KB of shared
+# memory, does 4096 bf16 FLOPs a cycle, and gets some 25 bytes a cycle from L2. In bf16 at head_dim 128, by ptxas 12.8
+# (sm_90a):
 # - 128 queries: a key's K and V are 512 bytes for 512 FLOPs a query, so at full speed 128 queries ask 32 bytes a cycle
 #   of L2, at two thirds of it 21, and 64 queries twice that.
 # - 8 warps hold 128 x 128 sums in 64 registers a thread and 128 x 64 scores in 32. Forward has the sums, the scores of
 #   this tile of keys and of the next, and the weights in bf16, 64 + 32 + 32 + 16, and comes to 253 with all else; 128
 #   keys at a time spill. Shared memory: q 32 KB, 3 stages of K and V 96 KB, K of the first product 16 KB.
-# - grad_q: with 64 queries of 4 warps two programs share a multiprocessor, and one's products fill the other's waits.
+# - grad_q: with 64 queries of 4 warps two programs have room on a multiprocessor: 255 registers a thread, 96 KB each.
 #   It spills 24 bytes at most. With 3 stages the compiler lets a product run on into the next turn, which makes ptxas
-#   wait for every tensor core instruction: half the speed (at head_dim 64 with triton 3.7, and not yet with 3.6).
+#   wait for every tensor core instruction: 56 % of the speed (at head_dim 64 with triton 3.7, and not yet with 3.6).
 # - grad_kv: two sums, 128 registers, and scores as above: 255 and a few spilled, most of them outside of the loops; K,
 #   V 64 KB, 2 stages of q and dO 64 KB. 64 keys or 32 queries would not spill, but do half of the work a load.
 # head_dim 96 is padded to 128: a third more work, where 64 + 32 would double every tile and product in the code; no

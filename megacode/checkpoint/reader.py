@@ -109,7 +109,7 @@ class CheckpointReader:
             raise UserError(f"{path} is damaged (not JSON); {mend(self.folder)}") from None
         if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
             raise UserError(f"{path} has format {manifest['format']}, this megacode reads {FORMAT}")
-        if isinstance(manifest, dict) and manifest.get(SEAL, _digest(manifest)) != _digest(manifest):
+        if isinstance(manifest, dict) and SEAL in manifest and manifest[SEAL] != _digest(manifest):
             raise UserError(f"{path} is damaged (its checksum differs); {mend(self.folder)}")
         try:
             self._take(manifest)

@@ -42,8 +42,7 @@ class Gatherer:
 
         So little is sent and all write about as much: under ZeRO-1 and 2 nearly every parameter lies on one rank, under
         ZeRO-3 all have as much of each, but for what does not divide. The order takes the largest of each rank, then
-        the next of each: those that are copied together are alike, and no rank waits for another's. Collective over the
-        data ranks.
+        the next of each, so that those that are copied together are alike. Collective over the data ranks.
         """
         self._exchange_spans()
         size = self.mesh.zero_size

@@ -411,7 +411,9 @@ def deviation(expected: Outcome, ranks: list[tuple[Outcome, dict[str, Slice]]]) 
 def _stretches_of(step: int) -> Any:
     from megacode.engine import gather
 
-    cut = lambda _, size: (range(start, min(start + step, size)) for start in range(0, size, step))  # noqa: E731
+    def cut(_: Any, size: int) -> Iterator[range]:
+        return (range(start, min(start + step, size)) for start in range(0, size, step))
+
     return mock.patch.object(gather._Landing, "stretches", cut)
 
 

@@ -132,6 +132,22 @@ def test_ranks_may_be_asked_before_the_script_is(start):
     assert "--state RUNNING --asked recipe.yaml" in script.read("end")
 
 
+def test_a_request_does_not_outlive_the_start_that_made_it(start):
+    """SLURM's scancel tries again for minutes where the job is busy, and then its next start would hear it."""
+    script = start("srun")
+    tries = 'echo >"$here/tried"; exec 2>&-; /bin/sleep 6; echo >"$here/late"'
+    (script.folder / "scancel").write_text(f'#!/bin/bash\nhere="{script.folder}"\n{tries}\n')
+    script.process.send_signal(signal.SIGUSR1)
+    stop = time.monotonic() + SECONDS
+    while not (script.folder / "tried").exists():
+        assert time.monotonic() < stop
+        time.sleep(0.02)
+    os.kill(int(script.read("task")), signal.SIGUSR1)
+    assert script.wait() == 0
+    time.sleep(7)
+    assert not (script.folder / "late").exists()
+
+
 def test_sigterm_goes_to_ranks_not_to_the_launcher(start):
     script = start("deepspeed")
     os.kill(int(script.read("task")), signal.SIGTERM)
