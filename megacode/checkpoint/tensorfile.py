@@ -54,7 +54,7 @@ class TensorFile:
         try:
             self._write(memoryview(_header(self._declared, {"format": "pt", **(metadata or {})})))
         except BaseException:
-            self._abandon()
+            self._release()
             raise
 
     def __enter__(self) -> "TensorFile":
@@ -64,7 +64,7 @@ class TensorFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._abandon()
+            self._release()
         else:
             self.close()
 
@@ -83,10 +83,10 @@ class TensorFile:
             assert left is None, f"{left} was declared and is not written"
             os.fsync(self._file.fileno())
         finally:
-            self._abandon()
+            self._release()
         self.sha256 = self._hash.hexdigest()
 
-    def _abandon(self) -> None:
+    def _release(self) -> None:
         self._hasher.shutdown()
         self._file.close()
 
